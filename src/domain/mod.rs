@@ -1,0 +1,16 @@
+//! Every rule of the contract, as plain data and total functions.
+//!
+//! Nothing here reads a clock, rolls dice, opens a file or a socket, or waits: the time and the jitter are
+//! arguments. `relay` and `api` ask, do what they are told and report back.
+
+pub mod ages;
+pub mod backlog;
+pub mod customer;
+pub mod endpoint;
+pub mod event;
+pub mod gate;
+pub mod keys;
+pub mod outcome;
+pub mod push;
+pub mod retry;
+pub mod schedule;

@@ -1,0 +1,189 @@
+//! One endpoint as the schedule sees it: who is ready, what its limits allow, whether it is down.
+
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, VecDeque};
+use std::num::NonZeroU32;
+use std::time::Duration;
+
+use governor::clock::{Clock, FakeRelativeClock};
+use governor::middleware::NoOpMiddleware;
+use governor::state::{InMemoryState, NotKeyed};
+use governor::{Quota, RateLimiter};
+
+use super::lanes::LaneId;
+use crate::domain::ages::Ages;
+use crate::domain::endpoint::{EndpointName, Limits};
+use crate::domain::keys::LaneKey;
+
+/// The governor's clock is told the time by the schedule, like everything here.
+pub(super) type ToldClock = FakeRelativeClock;
+type Limiter = RateLimiter<NotKeyed, InMemoryState, ToldClock, NoOpMiddleware<<ToldClock as Clock>::Instant>>;
+
+/// Attempts in flight that an endpoint begins with.
+const WINDOW_FIRST: u32 = 2;
+/// Lanes that must have failed before an endpoint is down.
+const DOWN_LANES_MIN: usize = 3;
+
+/// An endpoint that is down: when the next probe goes.
+#[derive(Debug)]
+pub(super) struct Down {
+    pub probes: u32,
+    pub due: u64,
+    pub is_probing: bool,
+}
+
+/// Failed attempts in a row.
+#[derive(Debug, Default)]
+struct Streak {
+    failures: u32,
+    lanes: Vec<LaneKey>,
+}
+
+#[derive(Debug)]
+pub(super) struct Endpoint {
+    pub name: EndpointName,
+    /// `None`: no longer configured.
+    pub limits: Option<Limits>,
+    limiter: Option<Limiter>,
+    /// Lanes that have not failed.
+    pub fresh: VecDeque<LaneId>,
+    /// Lanes that have failed and are due again.
+    pub tried: VecDeque<LaneId>,
+    /// Lanes that wait, by when they are due. An entry may be stale: the lane says.
+    pub timers: BinaryHeap<Reverse<(u64, LaneId)>>,
+    pub events: u64,
+    pub in_flight: u32,
+    pub window: u32,
+    pub successes: u64,
+    pub last_success: Option<u64>,
+    pub held_until: u64,
+    pub rate_limited_until: u64,
+    /// Time spent with a lane ready and no permit, microseconds.
+    pub rate_limited: u64,
+    pub throttles: u32,
+    pub down: Option<Down>,
+    streak: Streak,
+    pub ages: Ages,
+    pub is_runnable: bool,
+    pub wake: u64,
+    takes_tried_next: bool,
+}
+
+impl Endpoint {
+    pub(super) fn new(name: EndpointName) -> Endpoint {
+        Endpoint {
+            name,
+            limits: None,
+            limiter: None,
+            fresh: VecDeque::new(),
+            tried: VecDeque::new(),
+            timers: BinaryHeap::new(),
+            events: 0,
+            in_flight: 0,
+            window: WINDOW_FIRST,
+            successes: 0,
+            last_success: None,
+            held_until: 0,
+            rate_limited_until: 0,
+            rate_limited: 0,
+            throttles: 0,
+            down: None,
+            streak: Streak::default(),
+            ages: Ages::default(),
+            is_runnable: false,
+            wake: 0,
+            takes_tried_next: false,
+        }
+    }
+
+    /// Takes new limits; the limiter is kept where rate and burst stay, so that a reload opens no second burst.
+    pub(super) fn set_limits(&mut self, limits: Limits, clock: &ToldClock) {
+        let is_same = self
+            .limits
+            .is_some_and(|old| old.rate_per_second == limits.rate_per_second && old.burst == limits.burst);
+        if !is_same {
+            let period = Duration::try_from_secs_f64(1.0 / limits.rate_per_second).unwrap_or(Duration::MAX);
+            self.limiter = Quota::with_period(period.max(Duration::from_nanos(1)))
+                .map(|quota| quota.allow_burst(NonZeroU32::new(limits.burst).unwrap_or(NonZeroU32::MIN)))
+                .map(|quota| RateLimiter::direct_with_clock(quota, clock.clone()));
+            self.rate_limited_until = 0;
+        }
+        self.limits = Some(limits);
+        self.window = self.window.min(limits.concurrency).max(1);
+    }
+
+    pub(super) fn has_ready(&self) -> bool {
+        !self.fresh.is_empty() || !self.tried.is_empty()
+    }
+
+    /// When it may start something, if anything is ready.
+    pub(super) fn open_at(&self) -> u64 {
+        let probe = self.down.as_ref().map_or(0, |down| down.due);
+        self.held_until.max(self.rate_limited_until).max(probe)
+    }
+
+    /// Attempts that may be in flight. `is_crowded`: more than half of all that there may be are.
+    pub(super) fn room(&self, now: u64, is_crowded: bool) -> u32 {
+        let Some(limits) = self.limits else { return 0 };
+        if self.down.as_ref().is_some_and(|down| down.is_probing) {
+            return 0;
+        }
+        if self.down.is_some() {
+            return self.in_flight + 1;
+        }
+        let is_proven = self.last_success.is_some_and(|at| now.saturating_sub(at) < 60_000_000);
+        if is_crowded && !is_proven {
+            return 1;
+        }
+        self.window.min(limits.concurrency)
+    }
+
+    /// The next ready lane: untried ones first while down, else both queues in turn.
+    pub(super) fn take_ready(&mut self) -> Option<LaneId> {
+        let tried_first = self.down.is_none() && self.takes_tried_next;
+        self.takes_tried_next = !tried_first;
+        let (first, second) = if tried_first {
+            (&mut self.tried, &mut self.fresh)
+        } else {
+            (&mut self.fresh, &mut self.tried)
+        };
+        first.pop_front().or_else(|| second.pop_front())
+    }
+
+    /// Asks for a permit to begin an attempt.
+    pub(super) fn take_permit(&mut self, clock: &ToldClock, now: u64) -> bool {
+        let Some(limiter) = &self.limiter else { return false };
+        match limiter.check() {
+            Ok(()) => true,
+            Err(not_until) => {
+                let wait = not_until.wait_time_from(clock.now());
+                let wait = u64::try_from(wait.as_micros()).unwrap_or(u64::MAX).saturating_add(1);
+                self.rate_limited_until = now.saturating_add(wait);
+                self.rate_limited = self.rate_limited.saturating_add(wait);
+                false
+            }
+        }
+    }
+
+    /// Notes a success. Says whether the endpoint was down and is up again.
+    pub(super) fn succeeded(&mut self, now: u64) -> bool {
+        self.successes += 1;
+        self.last_success = Some(now);
+        self.throttles = 0;
+        self.streak = Streak::default();
+        let concurrency = self.limits.map_or(1, |limits| limits.concurrency);
+        self.window = self.window.saturating_add(1).min(concurrency);
+        self.down.take().is_some()
+    }
+
+    /// Notes a failure of any kind but 429. Says whether that was the one too many.
+    pub(super) fn failed(&mut self, lane: LaneKey, failures_max: u32) -> bool {
+        self.streak.failures = self.streak.failures.saturating_add(1);
+        if self.streak.lanes.len() < DOWN_LANES_MIN && !self.streak.lanes.contains(&lane) {
+            self.streak.lanes.push(lane);
+        }
+        self.down.is_none()
+            && self.streak.failures >= failures_max
+            && self.streak.lanes.len() >= DOWN_LANES_MIN
+    }
+}

@@ -1,0 +1,591 @@
+//! The schedule in virtual time: seeded runs of outages, refusals, toggles and restarts, every step checked.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::time::Duration;
+
+use super::*;
+use crate::domain::backlog::PLACES_MAX;
+use crate::domain::endpoint::Plugin;
+use crate::domain::outcome::Report;
+use crate::domain::retry::Backoff;
+
+const SECOND: u64 = 1_000_000;
+
+fn settings() -> Settings {
+    Settings {
+        delays: Delays::new(&Backoff {
+            initial: Duration::from_secs(1),
+            multiplier: 2.0,
+            max: Duration::from_secs(60),
+            randomization: 0.5,
+        }),
+        max_age_s: 86_400,
+        max_attempts: 0,
+        max_refusals: 3,
+        breaker_failures: 6,
+        max_in_flight: 24,
+        events_per_push: 5,
+    }
+}
+
+fn limits() -> Limits {
+    Limits { rate_per_second: 20.0, burst: 4, concurrency: 6 }
+}
+
+fn name(endpoint: usize) -> EndpointName {
+    EndpointName::of(Plugin::new(endpoint as u64 + 1).unwrap())
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Fate {
+    Waiting,
+    Delivered,
+    Withdrawn,
+    Buried,
+}
+
+struct SimEvent {
+    lane: usize,
+    fate: Fate,
+    second: u32,
+    is_poison: bool,
+}
+
+/// How an endpoint's receiver behaves for a while.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Mood {
+    Well,
+    Broken,
+    Hanging,
+    Throttling,
+}
+
+struct Sim {
+    rng: fastrand::Rng,
+    schedule: Schedule,
+    now: u64,
+    events: Vec<SimEvent>,
+    by_handle: HashMap<Handle, usize>,
+    lanes: usize,
+    endpoints: usize,
+    moods: Vec<(Mood, u64)>,
+    /// (when it reports, start) of attempts in flight.
+    flights: VecDeque<(u64, Start)>,
+    /// What a restart would find: the last recorded state of a lane's head.
+    recorded: BTreeMap<usize, (usize, Retry, u64)>,
+    starts: Vec<VecDeque<u64>>,
+    /// Not before this, unless the endpoint's breaker moved since.
+    due: HashMap<usize, u64>,
+    /// Events withdrawn while in flight: may still be delivered, once.
+    withdrawn_in_flight: Vec<usize>,
+    is_healed: bool,
+    slot: u16,
+}
+
+impl Sim {
+    fn new(seed: u64) -> Sim {
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let endpoints = rng.usize(1..4);
+        let lanes = rng.usize(1..12);
+        let mut sim = Sim {
+            rng,
+            schedule: Schedule::new(settings()),
+            now: 0,
+            events: Vec::new(),
+            by_handle: HashMap::new(),
+            lanes,
+            endpoints,
+            moods: vec![(Mood::Well, 0); endpoints],
+            flights: VecDeque::new(),
+            recorded: BTreeMap::new(),
+            starts: vec![VecDeque::new(); endpoints],
+            due: HashMap::new(),
+            withdrawn_in_flight: Vec::new(),
+            is_healed: false,
+            slot: 0,
+        };
+        sim.configure();
+        sim
+    }
+
+    fn configure(&mut self) {
+        self.schedule.backlog.open(self.slot, u64::from(self.slot));
+        for endpoint in 0..self.endpoints {
+            self.schedule.put_endpoint(name(endpoint), limits(), self.now);
+        }
+    }
+
+    fn endpoint_of(&self, lane: usize) -> usize {
+        lane % self.endpoints
+    }
+
+    fn key(lane: usize) -> LaneKey {
+        LaneKey(lane as u64 * 1_000_003)
+    }
+
+    fn append(&mut self, event: usize) {
+        let (lane, second) = (self.events[event].lane, self.events[event].second);
+        let handle = self.schedule.backlog.append(self.slot, None, event as u32, second, 100).unwrap();
+        self.by_handle.insert(handle, event);
+        self.schedule.appended(handle, Self::key(lane), name(self.endpoint_of(lane)), self.now);
+    }
+
+    fn post(&mut self) {
+        let lane = self.rng.usize(0..self.lanes);
+        self.events.push(SimEvent {
+            lane,
+            fate: Fate::Waiting,
+            second: (self.now / SECOND) as u32,
+            is_poison: self.rng.u8(0..20) == 0,
+        });
+        self.append(self.events.len() - 1);
+    }
+
+    /// A crash: everything in memory is gone, attempts in flight are unheard of.
+    fn restart(&mut self) {
+        self.schedule = Schedule::new(settings());
+        self.flights.clear();
+        self.by_handle.clear();
+        self.due.clear();
+        self.withdrawn_in_flight.clear();
+        self.starts.iter_mut().for_each(VecDeque::clear);
+        self.slot += 1;
+        self.configure();
+        for event in 0..self.events.len() {
+            if self.events[event].fate == Fate::Waiting {
+                self.append(event);
+            }
+        }
+        for (lane, (head, retry, due)) in self.recorded.clone() {
+            let handle = self.by_handle.iter().find(|(_, event)| **event == head).map(|(handle, _)| *handle);
+            if let Some(handle) = handle {
+                let wait = Duration::from_micros(due.saturating_sub(self.now));
+                self.schedule.restore(Self::key(lane), handle, retry, wait, self.now);
+            }
+        }
+    }
+
+    fn withdraw(&mut self) {
+        let lane = self.rng.usize(0..self.lanes);
+        let withdrawn = self.schedule.withdraw(Self::key(lane));
+        for handle in withdrawn.events {
+            let event = self.by_handle[&handle];
+            assert_eq!(self.events[event].fate, Fate::Waiting);
+            self.events[event].fate = Fate::Withdrawn;
+            if self.flights.iter().any(|(_, start)| start.events.contains(&handle)) {
+                self.withdrawn_in_flight.push(event);
+            }
+        }
+        self.recorded.remove(&lane);
+        self.due.remove(&lane);
+    }
+
+    fn start_all(&mut self) {
+        while let Some(start) = self.schedule.next(self.now) {
+            let lane = self.events[self.by_handle[&start.events[0]]].lane;
+            let endpoint = self.endpoint_of(lane);
+            assert_eq!(start.endpoint, name(endpoint));
+            assert!(!self.flights.iter().any(|(_, other)| other.lane == start.lane), "two pushes of a lane");
+            let waiting: Vec<usize> = (0..self.events.len())
+                .filter(|event| self.events[*event].lane == lane && self.events[*event].fate == Fate::Waiting)
+                .collect();
+            let offered: Vec<usize> = start.events.iter().map(|handle| self.by_handle[handle]).collect();
+            assert_eq!(offered, waiting[..offered.len()], "not the first of the lane, in order");
+            assert!(self.due.remove(&lane).is_none_or(|due| due <= self.now), "before it was due");
+            let starts = &mut self.starts[endpoint];
+            starts.push_back(self.now);
+            while starts.front().is_some_and(|at| at + SECOND <= self.now) {
+                starts.pop_front();
+            }
+            let allowed = limits().rate_per_second as usize + limits().burst as usize;
+            assert!(starts.len() <= allowed, "{} starts in a second", starts.len());
+            let (mood, _) = self.moods[endpoint];
+            let takes = match mood {
+                Mood::Hanging => 10 * SECOND,
+                Mood::Well | Mood::Broken | Mood::Throttling => self.rng.u64(1_000..SECOND),
+            };
+            self.flights.push_back((self.now + takes, start));
+            let mine = self.flights.iter().filter(|(_, other)| other.endpoint == name(endpoint)).count();
+            assert!(mine <= limits().concurrency as usize, "beyond the endpoint's concurrency");
+            assert!(self.flights.len() <= settings().max_in_flight as usize);
+            assert_eq!(self.schedule.in_flight(), self.flights.len());
+        }
+        while let Some(burial) = self.schedule.next_bury() {
+            for handle in &burial.events {
+                let event = self.by_handle[handle];
+                assert_eq!(self.events[event].fate, Fate::Waiting);
+                self.events[event].fate = Fate::Buried;
+                match burial.reason {
+                    DeathReason::Refused => assert!(self.events[event].is_poison, "a good event was given up"),
+                    DeathReason::Expired => {
+                        let age = self.now / SECOND - u64::from(self.events[event].second);
+                        assert!(age >= settings().max_age_s, "{age} s is not too old");
+                    }
+                    other => panic!("{other:?}"),
+                }
+            }
+            self.schedule.buried(&burial, self.now);
+            // What stood behind the buried events may start now.
+            self.start_all();
+        }
+    }
+
+    fn report(&mut self, at: usize) {
+        let (_, start) = self.flights.remove(at).unwrap();
+        let lane = self.events[self.by_handle[&start.events[0]]].lane;
+        let taken = if start.is_fixed { start.events.len() } else { self.rng.usize(1..=start.events.len()) };
+        let carried: Vec<usize> = start.events[..taken].iter().map(|handle| self.by_handle[handle]).collect();
+        let report = match self.moods[self.endpoint_of(lane)].0 {
+            Mood::Well if carried.iter().any(|event| self.events[*event].is_poison) => 400,
+            Mood::Well => 200,
+            Mood::Broken => *self.rng.choice(&[500u16, 503, 302]).unwrap(),
+            Mood::Throttling => 429,
+            Mood::Hanging => 0,
+        };
+        let retry_after = self.rng.bool().then(|| Duration::from_secs(self.rng.u64(0..20)));
+        let report =
+            if report == 0 { Report::Timeout } else { Report::Status { code: report, retry_after } };
+        let moment = Moment { now: self.now, second: self.now / SECOND, dice: self.rng.f64() };
+        let outcome = self.schedule.reported(start.lane, taken as u32, report.verdict(), moment);
+        for handle in &outcome.delivered {
+            let event = self.by_handle[handle];
+            assert_eq!(self.events[event].fate, Fate::Waiting);
+            self.events[event].fate = Fate::Delivered;
+        }
+        let late = outcome.delivered_late + outcome.withdrawn_late;
+        if late > 0 {
+            assert_eq!(late as usize, start.events.len());
+            let count = self.withdrawn_in_flight.len();
+            self.withdrawn_in_flight.retain(|event| self.events[*event].lane != lane);
+            assert_eq!(count - self.withdrawn_in_flight.len(), late as usize);
+        }
+        if outcome.breaker.is_some() {
+            self.due.clear();
+        }
+        if outcome.retry_is_over {
+            self.recorded.remove(&lane);
+        }
+        if let Some(deferred) = outcome.deferred {
+            let due = self.now + micros(deferred.wait);
+            self.due.insert(lane, due);
+            self.recorded.insert(lane, (self.by_handle[&deferred.head], deferred.retry, due));
+            assert!(deferred.wait <= settings().delays.longest());
+        }
+    }
+
+    fn turn_moods(&mut self) {
+        for endpoint in 0..self.endpoints {
+            if self.moods[endpoint].1 <= self.now {
+                let mood = match self.rng.u8(0..8) {
+                    _ if self.is_healed => Mood::Well,
+                    0 => Mood::Broken,
+                    1 => Mood::Hanging,
+                    2 => Mood::Throttling,
+                    _ => Mood::Well,
+                };
+                self.moods[endpoint] = (mood, self.now + self.rng.u64(SECOND..120 * SECOND));
+            }
+        }
+    }
+
+    /// Goes on to the next moment at which something happens, `limit` at the latest.
+    fn step(&mut self, limit: u64) {
+        self.turn_moods();
+        self.start_all();
+        let next = self.flights.iter().map(|(at, _)| *at).chain(self.schedule.wake_at()).min();
+        let next = next.unwrap_or(limit).clamp(self.now, limit);
+        assert!(next > self.now || self.flights.iter().any(|(at, _)| *at <= self.now) || next == limit);
+        self.now = next;
+        while let Some(at) = self.flights.iter().position(|(at, _)| *at <= self.now) {
+            self.report(at);
+        }
+    }
+
+    fn check_counts(&self) {
+        let waiting = self.events.iter().filter(|event| event.fate == Fate::Waiting).count() as u64;
+        assert_eq!(self.schedule.events(), waiting);
+        for view in self.schedule.endpoints() {
+            let of_it = |event: &&SimEvent| {
+                event.fate == Fate::Waiting && name(event.lane % self.endpoints) == view.name
+            };
+            let oldest = self.events.iter().filter(of_it).map(|event| event.second).min();
+            assert_eq!(view.oldest, oldest);
+            assert_eq!(view.events, self.events.iter().filter(of_it).count() as u64);
+        }
+    }
+}
+
+fn run(seed: u64) {
+    let mut sim = Sim::new(seed);
+    let posts = sim.rng.usize(1..60);
+    for _ in 0..posts {
+        sim.post();
+        match sim.rng.u8(0..24) {
+            0 => sim.withdraw(),
+            1 => sim.restart(),
+            _ => {}
+        }
+        let pause = sim.now + sim.rng.u64(0..2 * SECOND);
+        for _ in 0..40 {
+            if sim.now >= pause {
+                break;
+            }
+            sim.step(pause);
+        }
+        sim.check_counts();
+    }
+    // Everything gets well, and everything ends.
+    sim.is_healed = true;
+    let deadline = sim.now + 3_600 * SECOND;
+    while sim.events.iter().any(|event| event.fate == Fate::Waiting) {
+        assert!(sim.now < deadline, "stuck");
+        // A refusal counts only while others succeed: a lane of its own keeps succeeding.
+        if sim.schedule.wake_at().is_some() && sim.flights.is_empty() {
+            for endpoint in 0..sim.endpoints {
+                let lane = sim.lanes + sim.endpoints - (sim.lanes % sim.endpoints) + endpoint;
+                let second = (sim.now / SECOND) as u32;
+                sim.events.push(SimEvent { lane, fate: Fate::Waiting, second, is_poison: false });
+                sim.append(sim.events.len() - 1);
+            }
+        }
+        sim.step(deadline);
+    }
+    while !sim.flights.is_empty() {
+        sim.step(deadline);
+    }
+    sim.check_counts();
+    sim.start_all();
+    assert_eq!(sim.schedule.lanes(), 0, "a lane is left behind");
+    assert_eq!(sim.schedule.in_flight(), 0);
+    assert!(sim.withdrawn_in_flight.is_empty());
+}
+
+#[test]
+fn ten_thousand_runs_of_outages_toggles_and_restarts_hold_the_invariants() {
+    for seed in 0..10_000 {
+        let result = std::panic::catch_unwind(|| run(seed));
+        assert!(result.is_ok(), "seed {seed}");
+    }
+}
+
+fn one_endpoint(settings: Settings, limits: Limits) -> Schedule {
+    let mut schedule = Schedule::new(settings);
+    schedule.backlog.open(0, 0);
+    schedule.put_endpoint(name(0), limits, 0);
+    schedule
+}
+
+fn append(schedule: &mut Schedule, lane: u64, endpoint: usize, second: u32, now: u64) -> Handle {
+    let handle = schedule.backlog.append(0, None, 0, second, 100).unwrap();
+    schedule.appended(handle, LaneKey(lane), name(endpoint), now);
+    handle
+}
+
+fn at(now: u64) -> Moment {
+    Moment { now, second: now / SECOND, dice: 0.5 }
+}
+
+const FAILED: Verdict = Verdict::Failed { hold: None, halves: false };
+
+#[test]
+fn concurrency_is_earned_from_two_and_halved_by_timeouts() {
+    let mut schedule = one_endpoint(settings(), Limits { rate_per_second: 1e6, burst: 1_000, concurrency: 6 });
+    for lane in 0..100 {
+        append(&mut schedule, lane, 0, 0, 0);
+    }
+    let mut flying: Vec<Start> = Vec::new();
+    let mut seen = Vec::new();
+    for round in 0..6 {
+        flying.extend(std::iter::from_fn(|| schedule.next(0)));
+        seen.push(flying.len());
+        let start = flying.remove(0);
+        let verdict = if round == 5 { Verdict::Failed { hold: None, halves: true } } else { Verdict::Delivered };
+        schedule.reported(start.lane, 1, verdict, at(0));
+    }
+    assert_eq!(seen, [2, 3, 4, 5, 6, 6]);
+    assert!(schedule.next(0).is_none(), "five in flight are more than the halved three");
+}
+
+#[test]
+fn a_down_endpoint_is_probed_one_at_a_time_untried_lanes_first() {
+    let mut schedule = one_endpoint(settings(), Limits { rate_per_second: 1e6, burst: 1_000, concurrency: 6 });
+    for lane in 0..3 {
+        append(&mut schedule, lane, 0, 0, 0);
+    }
+    let mut now = 0;
+    let mut breaker = None;
+    for _ in 0..20 {
+        now = schedule.wake_at().map_or(now, |wake| wake.max(now));
+        while let Some(start) = schedule.next(now) {
+            breaker = breaker.or(schedule.reported(start.lane, 1, FAILED, at(now)).breaker);
+        }
+        if breaker.is_some() {
+            break;
+        }
+    }
+    assert_eq!(breaker, Some(Breaker::WentDown));
+    append(&mut schedule, 77, 0, 0, now);
+    let mut waits = Vec::new();
+    let mut probed = Vec::new();
+    for _ in 0..5 {
+        let wake = schedule.wake_at().unwrap();
+        assert!(schedule.next(wake - 1).is_none());
+        let start = schedule.next(wake).unwrap();
+        assert!(schedule.next(wake).is_none(), "a second probe");
+        probed.push(start.lane);
+        waits.push((wake - now) / SECOND);
+        now = wake;
+        schedule.reported(start.lane, 1, FAILED, at(now));
+    }
+    assert_eq!(waits, [1, 2, 4, 8, 16]);
+    assert_eq!(probed[0], 3, "the untried lane goes first");
+    let distinct: std::collections::HashSet<LaneId> = probed[..4].iter().copied().collect();
+    assert_eq!((distinct.len(), probed[4]), (4, probed[0]), "then the lanes take turns");
+    let wake = schedule.wake_at().unwrap();
+    let start = schedule.next(wake).unwrap();
+    assert_eq!(
+        schedule.reported(start.lane, 1, Verdict::Delivered, at(wake)).breaker,
+        Some(Breaker::CameUp)
+    );
+    assert!(schedule.next(wake).is_some(), "all lanes are due");
+}
+
+#[test]
+fn retry_after_holds_the_whole_endpoint_and_counts_as_no_attempt() {
+    let one = Settings { max_attempts: 1, ..settings() };
+    let mut schedule = one_endpoint(one, limits());
+    for lane in 0..2 {
+        append(&mut schedule, lane, 0, 0, 0);
+    }
+    let start = schedule.next(0).unwrap();
+    let throttled = Verdict::Throttled(Some(Duration::from_secs(30)));
+    let outcome = schedule.reported(start.lane, 1, throttled, at(0));
+    assert_eq!(outcome.deferred.map(|deferred| deferred.retry.attempts), Some(0));
+    assert!(schedule.next(30 * SECOND - 1).is_none());
+    assert!(schedule.next(30 * SECOND).is_some());
+}
+
+#[test]
+fn a_refused_push_is_sent_singly_and_only_the_refused_event_dies() {
+    let mut schedule = one_endpoint(settings(), limits());
+    let events: Vec<Handle> = (0..3).map(|_| append(&mut schedule, 1, 0, 0, 0)).collect();
+    let mut now = 0;
+    let mut buried = Vec::new();
+    let mut delivered = Vec::new();
+    let mut pushes = Vec::new();
+    while schedule.events() > 0 {
+        append(&mut schedule, 2, 0, 0, now);
+        now = schedule.wake_at().map_or(now, |wake| wake.max(now)) + 1_000;
+        while let Some(start) = schedule.next(now) {
+            let is_mine = events.contains(&start.events[0]);
+            let verdict = if start.events.contains(&events[1]) { Verdict::Refused } else { Verdict::Delivered };
+            if is_mine {
+                pushes.push((start.events.len(), start.attempt));
+            }
+            let outcome = schedule.reported(start.lane, start.events.len() as u32, verdict, at(now));
+            delivered.extend(outcome.delivered.into_iter().filter(|event| events.contains(event)));
+        }
+        while let Some(burial) = schedule.next_bury() {
+            assert_eq!(burial.reason, DeathReason::Refused);
+            schedule.buried(&burial, now);
+            buried.extend(burial.events);
+        }
+        assert!(now < 3_600 * SECOND);
+        if delivered.len() == 2 {
+            break;
+        }
+    }
+    assert_eq!((delivered, buried), (vec![events[0], events[2]], vec![events[1]]));
+    assert_eq!(pushes[0], (3, 1));
+    assert_eq!(pushes[1], (1, 1), "a push of its own, so its attempts begin anew");
+    assert!(pushes[1..].iter().all(|(events, _)| *events == 1));
+}
+
+#[test]
+fn refusals_without_any_other_success_give_nothing_up() {
+    let mut schedule = one_endpoint(settings(), limits());
+    append(&mut schedule, 1, 0, 0, 0);
+    let mut now = 0;
+    for _ in 0..100 {
+        now = schedule.wake_at().map_or(now, |wake| wake.max(now));
+        let start = schedule.next(now).unwrap();
+        schedule.reported(start.lane, 1, Verdict::Refused, at(now));
+        assert!(schedule.next_bury().is_none());
+    }
+}
+
+#[test]
+fn too_old_events_die_after_a_failure_and_the_rest_of_the_push_goes_on() {
+    let short = Settings { max_age_s: 10, ..settings() };
+    let mut schedule = one_endpoint(short, limits());
+    let old = append(&mut schedule, 1, 0, 0, 0);
+    let young = append(&mut schedule, 1, 0, 5, 0);
+    let start = schedule.next(12 * SECOND).unwrap();
+    assert_eq!(start.events, [old, young], "no event dies before an attempt of this run has failed");
+    schedule.reported(start.lane, 2, FAILED, at(12 * SECOND));
+    let burial = schedule.next_bury().unwrap();
+    assert_eq!((&burial.events, burial.reason), (&vec![old], DeathReason::Expired));
+    schedule.buried(&burial, 12 * SECOND);
+    assert_eq!(schedule.next(12 * SECOND).unwrap().events, [young]);
+}
+
+#[test]
+fn a_removed_endpoint_gives_its_events_up_in_steps() {
+    let mut schedule = one_endpoint(settings(), limits());
+    for _ in 0..200 {
+        append(&mut schedule, 1, 0, 0, 0);
+    }
+    schedule.remove_endpoint(name(0));
+    let mut steps = Vec::new();
+    while let Some(burial) = schedule.next_bury() {
+        assert_eq!(burial.reason, DeathReason::EndpointRemoved);
+        steps.push(burial.events.len());
+        schedule.buried(&burial, 0);
+    }
+    assert_eq!(steps, [64, 64, 64, 8]);
+    assert_eq!((schedule.events(), schedule.lanes()), (0, 0));
+    append(&mut schedule, 2, 0, 0, 0);
+    assert!(schedule.next(0).is_none() && schedule.next_bury().is_some());
+}
+
+#[test]
+fn a_thousand_hanging_endpoints_leave_a_well_one_its_turn() {
+    let mut schedule = Schedule::new(Settings { max_in_flight: 1_500, ..settings() });
+    schedule.backlog.open(0, 0);
+    for endpoint in 0..1_001 {
+        schedule.put_endpoint(name(endpoint), limits(), 0);
+        for lane in 0..20 {
+            append(&mut schedule, (endpoint * 100 + lane) as u64, endpoint, 0, 0);
+        }
+    }
+    let mut now = 0;
+    let mut hanging: VecDeque<(u64, LaneId)> = VecDeque::new();
+    let mut delivered = 0;
+    while delivered < 20 && now < 40 * SECOND {
+        while let Some(start) = schedule.next(now) {
+            if start.endpoint == name(1_000) {
+                schedule.reported(start.lane, 1, Verdict::Delivered, at(now));
+                delivered += 1;
+            } else {
+                hanging.push_back((now + 10 * SECOND, start.lane));
+            }
+        }
+        now += SECOND / 10;
+        while hanging.front().is_some_and(|(end, _)| *end <= now) {
+            let (_, lane) = hanging.pop_front().unwrap();
+            schedule.reported(lane, 1, Verdict::Failed { hold: None, halves: true }, at(now));
+        }
+    }
+    assert_eq!(delivered, 20, "by {} s", now / SECOND);
+    assert!(now < 2 * SECOND, "the well endpoint waited {} s", now / SECOND);
+}
+
+#[test]
+fn a_full_segment_takes_no_more() {
+    let mut backlog = Backlog::default();
+    backlog.open(0, 0);
+    for _ in 0..PLACES_MAX - 1 {
+        assert!(backlog.append(0, None, 0, 0, 1).is_some());
+    }
+    assert!(backlog.append(0, None, 0, 0, 1).is_none());
+}
