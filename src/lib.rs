@@ -1,1 +1,10 @@
+pub mod api;
+pub mod app;
+pub mod cli;
+pub mod clock;
+pub mod config;
 pub mod domain;
+pub mod log;
+pub mod metrics;
+pub mod relay;
+pub mod store;

@@ -3,12 +3,12 @@
 //! Events are named by a [`Handle`]: the slot of their journal segment and their place in it. Each has the link to the
 //! next event of its lane, the offset of its record, and one bit that says whether it is settled.
 
-/// An event that waits: segment slot (12 bits) and place in the segment (20 bits).
+/// An event that waits: segment slot (14 bits) and place in the segment (18 bits).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Handle(u32);
 
 /// Bits of a handle, and of a sequence number, that say the place within a segment.
-pub const PLACE_BITS: u32 = 20;
+pub const PLACE_BITS: u32 = 18;
 /// Most events of one segment.
 pub const PLACES_MAX: usize = 1 << PLACE_BITS;
 /// Most segments at once.
@@ -99,6 +99,17 @@ impl Group {
     }
 }
 
+/// A segment's settled events, for a checkpoint.
+#[derive(Debug)]
+pub struct GroupMark {
+    /// The segment's number.
+    pub segment: u64,
+    /// A bit for each place, set where the event is settled; first place in the lowest bit.
+    pub settled: Vec<u64>,
+    /// Places there are.
+    pub places: u32,
+}
+
 /// The first sequence number of a segment's events.
 #[must_use]
 pub fn first_seq(segment: u64) -> u64 {
@@ -164,6 +175,22 @@ impl Backlog {
         group.live_bytes += u64::from(bytes);
         group.bytes += u64::from(bytes);
         Some(Handle::new(slot, place as u32))
+    }
+
+    /// Keeps the events of a segment by sequence number from here on: some are missing.
+    pub fn make_sparse(&mut self, slot: u16) {
+        if let Some(group) = self.groups.get_mut(usize::from(slot)).and_then(Option::as_mut)
+            && group.seqs.is_none()
+        {
+            let first = first_seq(group.segment);
+            group.seqs = Some((0..group.next.len() as u64).map(|place| first + place).collect());
+        }
+    }
+
+    /// Whether a segment's events are kept by sequence number.
+    #[must_use]
+    pub fn is_sparse(&self, slot: u16) -> bool {
+        self.group(slot).is_some_and(|group| group.seqs.is_some())
     }
 
     /// Gives back the room that growth left over, once a segment is complete.
@@ -250,6 +277,28 @@ impl Backlog {
             None => usize::try_from(seq.checked_sub(first_seq(group.segment))?).ok()?,
         };
         (place < group.next.len()).then(|| Handle::new(slot, place as u32))
+    }
+
+    /// Which events of each segment wait, by their place when the segment was written.
+    pub fn marks(&self) -> impl Iterator<Item = GroupMark> {
+        self.groups().map(|(_, group)| {
+            let mark = |settled, places| GroupMark { segment: group.segment, settled, places };
+            match &group.seqs {
+                None => mark(group.settled.clone(), group.next.len() as u32),
+                Some(seqs) => {
+                    let place = |seq: u64| (seq - first_seq(group.segment)) as usize;
+                    let places = seqs.last().map_or(0, |last| place(*last) + 1);
+                    let mut settled = vec![u64::MAX; places.div_ceil(64)];
+                    for (at, seq) in seqs.iter().enumerate().filter(|(at, _)| !group.is_settled(*at)) {
+                        debug_assert!(at < group.next.len());
+                        if let Some(word) = settled.get_mut(place(*seq) / 64) {
+                            *word &= !(1 << (place(*seq) % 64));
+                        }
+                    }
+                    mark(settled, places as u32)
+                }
+            }
+        })
     }
 
     /// Bytes of all records that wait.

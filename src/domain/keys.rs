@@ -20,6 +20,12 @@ pub type EventKey = u128;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
 pub struct LaneKey(pub u64);
 
+impl std::fmt::Debug for HashKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("HashKey(…)")
+    }
+}
+
 impl HashKey {
     /// The lane of a customer of a plugin for an endpoint.
     #[must_use]

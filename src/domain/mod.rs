@@ -14,3 +14,4 @@ pub mod outcome;
 pub mod push;
 pub mod retry;
 pub mod schedule;
+pub mod signature;

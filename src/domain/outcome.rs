@@ -99,6 +99,8 @@ pub enum Verdict {
     },
     /// Not an outcome at all: try again at once.
     Again,
+    /// The first event's record does not read back: nothing was sent.
+    Damaged,
 }
 
 impl Report {
@@ -120,14 +122,16 @@ impl Report {
         }
     }
 
-    /// The label; `None` for what is no outcome.
+    /// The label.
     #[must_use]
     pub fn result(self) -> AttemptResult {
         match self {
             Report::Status { .. } => match self.verdict() {
                 Verdict::Delivered => AttemptResult::Ok,
                 Verdict::Refused | Verdict::Gone => AttemptResult::Refused,
-                Verdict::Throttled(_) | Verdict::Failed { .. } | Verdict::Again => AttemptResult::ErrorStatus,
+                Verdict::Throttled(_) | Verdict::Failed { .. } | Verdict::Again | Verdict::Damaged => {
+                    AttemptResult::ErrorStatus
+                }
             },
             Report::Timeout => AttemptResult::Timeout,
             Report::Connect => AttemptResult::Connect,

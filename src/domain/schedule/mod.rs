@@ -256,6 +256,21 @@ impl Schedule {
         }
     }
 
+    /// At start: events of a lane that had ended before. They are its first ones.
+    pub fn settled_before(&mut self, key: LaneKey, events: &[Handle], now: u64) {
+        for event in events {
+            self.backlog.settle(*event);
+        }
+        let Some(lane_id) = self.lanes.find(key) else { return };
+        let Some(lane) = self.lanes.get(lane_id).copied() else { return };
+        let ended =
+            self.chain(lane.head, lane.len).into_iter().take_while(|event| self.backlog.is_settled(*event)).count();
+        self.pop(lane_id, ended as u32);
+        if lane.state == State::Waiting {
+            self.make_ready(lane_id, now);
+        }
+    }
+
     /// Puts back what a lane's head was waiting with before a restart. Ignored unless `head` is its head.
     pub fn restore(&mut self, key: LaneKey, head: Handle, retry: Retry, wait: Duration, now: u64) {
         let Some(lane_id) = self.lanes.find(key) else { return };
@@ -327,7 +342,11 @@ impl Schedule {
             match verdict {
                 Verdict::Again => self.make_ready(lane_id, moment.now),
                 Verdict::Delivered => self.delivered(lane_id, taken, &mut outcome, moment.now),
-                Verdict::Gone | Verdict::Refused | Verdict::Throttled(_) | Verdict::Failed { .. } => {
+                Verdict::Gone
+                | Verdict::Refused
+                | Verdict::Throttled(_)
+                | Verdict::Failed { .. }
+                | Verdict::Damaged => {
                     self.not_delivered(lane_id, taken, verdict, &flight, &mut outcome, moment);
                 }
             }
@@ -403,6 +422,72 @@ impl Schedule {
         self.to_bury.push_back((burial.lane, count, burial.reason));
     }
 
+    /// Puts the events of a segment that was rewritten into another slot: (sequence number, offset, record length, lane,
+    /// second of acceptance), in order. Those that have ended meanwhile are settled there.
+    pub fn move_events(
+        &mut self,
+        old_slot: u16,
+        new_slot: u16,
+        segment: u64,
+        events: &[(u64, u32, u32, LaneKey, u32)],
+    ) {
+        self.backlog.open(new_slot, segment);
+        self.backlog.make_sparse(new_slot);
+        let mut moved: HashMap<Handle, Handle> = HashMap::new();
+        let mut lanes: Vec<LaneKey> = Vec::new();
+        for (seq, offset, len, lane, second) in events {
+            let new = self.backlog.append(new_slot, Some(*seq), *offset, *second, *len);
+            let (Some(new), Some(old)) = (new, self.backlog.find(old_slot, *seq)) else { continue };
+            if self.backlog.is_settled(old) {
+                self.backlog.settle(new);
+            }
+            // Also of settled ones: a flight that was withdrawn still holds its events.
+            moved.insert(old, new);
+            lanes.push(*lane);
+        }
+        lanes.sort_unstable();
+        lanes.dedup();
+        let at = |moved: &HashMap<Handle, Handle>, event: Handle| moved.get(&event).copied().unwrap_or(event);
+        for lane in lanes {
+            let Some(lane_id) = self.lanes.find(lane) else { continue };
+            let Some(lane) = self.lanes.get(lane_id).copied() else { continue };
+            let chain: Vec<Handle> =
+                self.chain(lane.head, lane.len).into_iter().map(|event| at(&moved, event)).collect();
+            for pair in chain.windows(2) {
+                if let [event, next] = pair {
+                    self.backlog.link(*event, *next);
+                }
+            }
+            if let (Some(lane), Some(head), Some(tail)) =
+                (self.lanes.get_mut(lane_id), chain.first(), chain.last())
+            {
+                lane.head = *head;
+                lane.tail = *tail;
+            }
+        }
+        self.backlog.seal(new_slot);
+        self.backlog.close(old_slot);
+    }
+
+    /// The lane of that key, while something waits in it.
+    #[must_use]
+    pub fn lane_id(&self, key: LaneKey) -> Option<LaneId> {
+        self.lanes.find(key)
+    }
+
+    /// The key of a lane.
+    #[must_use]
+    pub fn lane_key(&self, id: LaneId) -> Option<LaneKey> {
+        self.lanes.get(id).map(|lane| lane.key)
+    }
+
+    /// The endpoint of a lane.
+    #[must_use]
+    pub fn endpoint_of(&self, id: LaneId) -> Option<EndpointName> {
+        let lane = self.lanes.get(id)?;
+        self.endpoints.get(lane.endpoint as usize).map(|endpoint| endpoint.name)
+    }
+
     /// Events that wait in a lane.
     #[must_use]
     pub fn waiting(&self, key: LaneKey) -> u32 {
@@ -457,7 +542,7 @@ impl Schedule {
         }
         let hold = |wait: Duration| moment.now.saturating_add(micros(wait));
         match verdict {
-            Verdict::Again => None,
+            Verdict::Again | Verdict::Damaged => None,
             Verdict::Delivered => {
                 let came_up = endpoint.succeeded(moment.now);
                 if came_up {
@@ -541,6 +626,8 @@ impl Schedule {
         let max_attempts = self.settings.max_attempts;
         let death = if endpoint.limits.is_none() {
             Some((u32::MAX, DeathReason::EndpointRemoved))
+        } else if verdict == Verdict::Damaged {
+            Some((1, DeathReason::Damaged))
         } else if verdict == Verdict::Gone {
             Some((taken, DeathReason::Gone))
         } else if verdict == Verdict::Refused && taken == 1 && retry.refusals >= self.settings.max_refusals {

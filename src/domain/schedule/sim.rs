@@ -354,7 +354,10 @@ fn run(seed: u64) {
         sim.step(deadline);
     }
     sim.check_counts();
-    sim.start_all();
+    // A lane that was emptied by a withdrawal leaves its queue when its turn comes.
+    while sim.schedule.lanes() > 0 && sim.now < deadline {
+        sim.step(deadline);
+    }
     assert_eq!(sim.schedule.lanes(), 0, "a lane is left behind");
     assert_eq!(sim.schedule.in_flight(), 0);
     assert!(sim.withdrawn_in_flight.is_empty());

@@ -1,0 +1,125 @@
+//! `/v1/customers` (contract §3).
+
+use hyper::{Method, StatusCode};
+use serde::{Deserialize, Serialize};
+
+use super::Api;
+use super::answer::{self, Answer, ApiError, Code, error};
+use crate::clock;
+use crate::domain::customer::{Customer, Hearing, TOKEN_BYTES_MAX, Toggle};
+use crate::domain::endpoint::Plugin;
+
+#[derive(Deserialize)]
+struct Put {
+    web_token: String,
+    #[serde(default)]
+    im_web_plugin_id: Option<u64>,
+    #[serde(default)]
+    customer_token: Option<String>,
+    #[serde(default)]
+    sdk_token: Option<String>,
+    #[serde(default)]
+    h5push: Option<bool>,
+    #[serde(default)]
+    toggle: Option<Toggle>,
+}
+
+#[derive(Serialize)]
+struct Shown<'a> {
+    web_token: &'a str,
+    im_web_plugin_id: u64,
+    customer_token: Option<&'a str>,
+    sdk_token: Option<&'a str>,
+    h5push: Option<bool>,
+    toggle: &'static str,
+    waiting: u64,
+}
+
+pub(super) async fn put(api: &Api, body: &[u8]) -> Result<Answer, ApiError> {
+    let text = std::str::from_utf8(body).map_err(|_| invalid("body: must be UTF-8"))?.trim_start();
+    if !text.starts_with('{') {
+        return Err(invalid("body: must be a JSON object"));
+    }
+    let put: Put = serde_json::from_str(text).map_err(|problem| invalid(format!("body: {problem}")))?;
+    check_token("web_token", &put.web_token)?;
+    let plugin = put.im_web_plugin_id.map_or(Some(Plugin::NONE), Plugin::new);
+    let plugin = plugin.ok_or_else(|| invalid("im_web_plugin_id: must be at most 2^63-1"))?;
+    let name = |field, name: Option<String>| -> Result<Option<String>, ApiError> {
+        let name = name.filter(|name| !name.is_empty());
+        name.map(|name| check_token(field, &name).map(|()| name)).transpose()
+    };
+    let hearing = Hearing {
+        customer_token: name("customer_token", put.customer_token)?,
+        sdk_token: name("sdk_token", put.sdk_token)?,
+        h5push: put.h5push,
+        toggle: put.toggle,
+    };
+    let now_s = clock::wall_ms() / 1_000;
+    let customer = api.store.change_customer(plugin, &put.web_token, &hearing, false, now_s).await?;
+    if let Some(toggle) = put.toggle {
+        api.metrics.count_toggle(toggle.as_str());
+    }
+    let customer = customer.ok_or_else(not_found)?;
+    show(api, &customer).await
+}
+
+pub(super) async fn get_or_delete(api: &Api, method: &Method, query: &str) -> Result<Answer, ApiError> {
+    let (mut web_token, mut plugin) = (None, None);
+    for (name, value) in form_urlencoded::parse(query.as_bytes()) {
+        match name.as_ref() {
+            "web_token" => web_token = Some(value.into_owned()),
+            "im_web_plugin_id" if !value.is_empty() => {
+                let id = value.parse().ok().and_then(Plugin::new);
+                plugin = Some(id.ok_or_else(|| invalid("im_web_plugin_id: must be an integer from 0 to 2^63-1"))?);
+            }
+            _ => {}
+        }
+    }
+    let web_token = web_token.ok_or_else(|| invalid("web_token: is required"))?;
+    check_token("web_token", &web_token)?;
+    let now_s = clock::wall_ms() / 1_000;
+    if method == Method::DELETE {
+        let (forgotten, withdrawn) = api.store.forget(plugin, &web_token, now_s).await?;
+        if forgotten == 0 {
+            return Err(not_found());
+        }
+        #[derive(Serialize)]
+        struct Forgotten {
+            forgotten: u64,
+            withdrawn: u64,
+        }
+        return Ok(answer::json(StatusCode::OK, &Forgotten { forgotten, withdrawn }));
+    }
+    let customer = api.store.customer(plugin.unwrap_or_default(), &web_token, now_s)?;
+    show(api, &customer.ok_or_else(not_found)?).await
+}
+
+async fn show(api: &Api, customer: &Customer) -> Result<Answer, ApiError> {
+    let waiting = api.waiting(customer.plugin, &customer.web_token).await;
+    let shown = Shown {
+        web_token: &customer.web_token,
+        im_web_plugin_id: customer.plugin.id(),
+        customer_token: customer.customer_token.as_deref(),
+        sdk_token: customer.sdk_token.as_deref(),
+        h5push: customer.h5push,
+        toggle: customer.toggle.as_str(),
+        waiting: waiting.ok_or_else(|| error(Code::Stopping, "the relay does not answer"))?,
+    };
+    Ok(answer::json(StatusCode::OK, &shown))
+}
+
+fn check_token(field: &str, token: &str) -> Result<(), ApiError> {
+    match token.len() {
+        0 => Err(invalid(format!("{field}: must not be empty"))),
+        1..=TOKEN_BYTES_MAX => Ok(()),
+        _ => Err(invalid(format!("{field}: must be at most {TOKEN_BYTES_MAX} bytes long"))),
+    }
+}
+
+fn invalid(message: impl Into<String>) -> ApiError {
+    error(Code::InvalidRequest, message)
+}
+
+fn not_found() -> ApiError {
+    error(Code::NotFound, "web_token: no such customer")
+}

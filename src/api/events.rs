@@ -1,0 +1,192 @@
+//! `POST /v1/events` (contract §3): one event, an array, or NDJSON.
+
+use std::borrow::Cow;
+
+use hyper::StatusCode;
+use serde::Serialize;
+use serde_json::value::RawValue;
+
+use super::answer::{self, Answer, ApiError, Code, ErrorBody, error};
+use super::Api;
+use crate::clock;
+use crate::domain::event::{Event, JSON_SPACE};
+use crate::domain::gate::Suppressed;
+use crate::metrics::EventOutcome;
+use crate::store::{Accepted, Post, Posted, encode_event};
+
+/// Most events of a request.
+const EVENTS_MAX: usize = 1_000;
+
+/// How a body is to be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Form {
+    Json,
+    Ndjson,
+}
+
+/// What became of one event, as answered.
+#[derive(Serialize)]
+struct Outcome<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    event_id: Option<&'a str>,
+    outcome: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reason: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<ErrorBody<'a>>,
+}
+
+/// One item of a request: an event with its id, or why it is none.
+type Item<'a> = Result<(Event<'a>, Cow<'a, str>), ApiError>;
+
+enum Verdict {
+    Posted(Posted),
+    Invalid(ApiError),
+}
+
+pub(super) async fn post(api: &Api, form: Form, body: &[u8]) -> Result<Answer, ApiError> {
+    let begun = clock::now();
+    let (texts, is_one) = split(form, body)?;
+    if texts.is_empty() {
+        return Err(error(Code::InvalidRequest, "events: must not be empty"));
+    }
+    if texts.len() > EVENTS_MAX {
+        return Err(error(Code::InvalidRequest, format!("events: must be at most {EVENTS_MAX}")));
+    }
+    let mut items: Vec<Item<'_>> = texts.into_iter().map(|text| read(api, text)).collect();
+    if is_one && let Some(Err(error)) = items.first_mut() {
+        api.metrics.count_events(EventOutcome::Rejected(error.code.as_str()), 1);
+        return Err(error.clone());
+    }
+    let now_ms = clock::wall_ms();
+    let posts: Vec<Post<'_>> =
+        items.iter().filter_map(|item| item.as_ref().ok()).map(|(event, id)| prepare(api, event, id, now_ms)).collect();
+    let count = posts.len() as u64;
+    let posted = if posts.is_empty() { Vec::new() } else { store(api, posts, now_ms, count).await? };
+    let mut posted = posted.into_iter();
+    let verdicts: Vec<Verdict> = items
+        .iter()
+        .map(|item| match item {
+            Ok(_) => Verdict::Posted(posted.next().unwrap_or(Posted::Suppressed(Suppressed::NoPushAddress))),
+            Err(error) => Verdict::Invalid(error.clone()),
+        })
+        .collect();
+    for verdict in &verdicts {
+        count_one(api, verdict);
+    }
+    api.metrics.accept_seconds.observe(begun.elapsed().as_secs_f64());
+    let ids = items.iter().map(|item| item.as_ref().ok().map(|(_, id)| id.as_ref()));
+    if is_one {
+        let (Some(verdict), Some(id)) = (verdicts.first(), ids.into_iter().next()) else {
+            return Err(error(Code::InvalidRequest, "events: must not be empty"));
+        };
+        if let Verdict::Posted(Posted::EndpointFull) = verdict {
+            return Err(full());
+        }
+        return Ok(answer::json(StatusCode::ACCEPTED, &outcome(id, verdict, &full())));
+    }
+    #[derive(Serialize)]
+    struct Results<'a> {
+        results: Vec<Outcome<'a>>,
+    }
+    let full = full();
+    let results = ids.zip(&verdicts).map(|(id, verdict)| outcome(id, verdict, &full)).collect();
+    Ok(answer::json(StatusCode::ACCEPTED, &Results { results }))
+}
+
+async fn store(api: &Api, posts: Vec<Post<'_>>, now_ms: u64, count: u64) -> Result<Vec<Posted>, ApiError> {
+    api.store.post(posts, now_ms).await.map_err(|refusal| {
+        let error = ApiError::from(refusal);
+        api.metrics.count_events(EventOutcome::Refused(error.code.as_str()), count);
+        error
+    })
+}
+
+/// The texts of the events; and whether the request is one event by itself.
+fn split(form: Form, body: &[u8]) -> Result<(Vec<&[u8]>, bool), ApiError> {
+    match form {
+        Form::Ndjson => {
+            let lines = body.split(|byte| *byte == b'\n').map(<[u8]>::trim_ascii);
+            Ok((lines.filter(|line| !line.is_empty()).collect(), false))
+        }
+        Form::Json => {
+            let text = std::str::from_utf8(body)
+                .map_err(|_| error(Code::InvalidRequest, "body: must be UTF-8"))?
+                .trim_matches(JSON_SPACE);
+            if !text.starts_with('[') {
+                return Ok((vec![text.as_bytes()], true));
+            }
+            let items: Vec<&RawValue> = serde_json::from_str(text)
+                .map_err(|problem| error(Code::InvalidRequest, format!("body: {problem}")))?;
+            Ok((items.into_iter().map(|item| item.get().as_bytes()).collect(), false))
+        }
+    }
+}
+
+fn read<'a>(api: &Api, text: &'a [u8]) -> Item<'a> {
+    if text.len() > api.max_event_bytes {
+        let problem = format!("event: must be at most {} bytes", api.max_event_bytes);
+        return Err(error(Code::TooLarge, problem));
+    }
+    let text = std::str::from_utf8(text).map_err(|_| error(Code::InvalidEvent, "event: must be UTF-8"))?;
+    let event = Event::parse(text).map_err(|invalid| error(Code::InvalidEvent, invalid.to_string()))?;
+    let id = match (&event.event_id, &event.messages.ids) {
+        (Some(id), _) => id.clone(),
+        (None, Some(_)) => {
+            let key = event.key(&api.store.hashing()).unwrap_or_default();
+            Cow::Owned(format!("mid_{key:032x}"))
+        }
+        (None, None) => Cow::Owned(format!("evt_{:032x}", clock::random_id())),
+    };
+    Ok((event, id))
+}
+
+fn prepare<'a>(api: &Api, event: &'a Event<'a>, event_id: &str, now_ms: u64) -> Post<'a> {
+    let hashing = api.store.hashing();
+    let key = event.key(&hashing).unwrap_or_else(|| hashing.given_event(event.plugin, event_id));
+    let endpoint = api.endpoint_of(event.plugin);
+    let name = endpoint.map_or(crate::domain::endpoint::EndpointName::DEFAULT, |(name, _)| name);
+    let lane = hashing.lane(name, event.plugin, &event.web_token);
+    let record = encode_event(Accepted {
+        endpoint: name,
+        plugin: event.plugin,
+        lane,
+        key,
+        accepted_ms: now_ms,
+        event_id,
+        web_token: &event.web_token,
+        count: event.messages.count,
+        messages: event.messages.text,
+    });
+    Post { event, key, endpoint, lane, record }
+}
+
+fn outcome<'a>(id: Option<&'a str>, verdict: &'a Verdict, full: &'a ApiError) -> Outcome<'a> {
+    let plain = Outcome { event_id: id, outcome: "queued", reason: None, error: None };
+    match verdict {
+        Verdict::Posted(Posted::Queued) => plain,
+        Verdict::Posted(Posted::Duplicate) => Outcome { outcome: "duplicate", ..plain },
+        Verdict::Posted(Posted::Suppressed(reason)) => {
+            Outcome { outcome: "suppressed", reason: Some(reason.as_str()), ..plain }
+        }
+        Verdict::Posted(Posted::EndpointFull) => {
+            Outcome { outcome: "refused", error: Some(full.body()), ..plain }
+        }
+        Verdict::Invalid(error) => Outcome { outcome: "rejected", error: Some(error.body()), ..plain },
+    }
+}
+
+fn full() -> ApiError {
+    error(Code::EndpointFull, "too many events wait for the endpoint")
+}
+
+fn count_one(api: &Api, verdict: &Verdict) {
+    let outcome = match verdict {
+        Verdict::Posted(Posted::Queued) => EventOutcome::Queued,
+        Verdict::Posted(Posted::Duplicate) => EventOutcome::Duplicate,
+        Verdict::Posted(Posted::Suppressed(reason)) => EventOutcome::Suppressed(*reason),
+        Verdict::Posted(Posted::EndpointFull) => EventOutcome::Refused(Code::EndpointFull.as_str()),
+        Verdict::Invalid(error) => EventOutcome::Rejected(error.code.as_str()),
+    };
+    api.metrics.count_events(outcome, 1);
+}

@@ -1,0 +1,236 @@
+//! `POST /open_api_v1/im/h5push` (contract §4): asks for a customer's switch, or sets it. HTTP 200 and a code, as that
+//! API does.
+
+use std::collections::BTreeMap;
+
+use hyper::StatusCode;
+use serde::Serialize;
+use serde_json::Value;
+
+use super::Api;
+use super::answer::{self, Answer};
+use crate::clock;
+use crate::domain::customer::{Customer, Hearing, NameKind, Toggle};
+use crate::domain::endpoint::Plugin;
+use crate::store::Refusal;
+
+/// How the body is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum BodyForm {
+    None,
+    Json,
+    Form,
+}
+
+/// An error of this API: its code and what is wrong, in Chinese.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Failure {
+    code: u32,
+    message: String,
+}
+
+#[derive(Serialize)]
+struct Body<'a> {
+    code: u32,
+    message: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    status: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    status_code: Option<u8>,
+}
+
+/// What was asked, checked.
+#[derive(Debug, PartialEq, Eq)]
+struct Call {
+    token: Token,
+    plugin: Plugin,
+    h5push: Option<bool>,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Token {
+    Web(String),
+    Name(NameKind, String),
+}
+
+pub(super) async fn post(api: &Api, query: &str, form: BodyForm, body: &[u8]) -> Answer {
+    let answered = match parameters(query, form, body).and_then(|parameters| check(&parameters)) {
+        Ok(call) => carry_out(api, call).await,
+        Err(failure) => Err(failure),
+    };
+    match answered {
+        Ok(status_code) => {
+            let status = match status_code {
+                0 => "无推送",
+                1 => "推送中",
+                _ => "无效客户",
+            };
+            let body =
+                Body { code: 1_000, message: "请求成功", status: Some(status), status_code: Some(status_code) };
+            answer::json(StatusCode::OK, &body)
+        }
+        Err(failure) => {
+            let body = Body { code: failure.code, message: &failure.message, status: None, status_code: None };
+            answer::json(StatusCode::OK, &body)
+        }
+    }
+}
+
+async fn carry_out(api: &Api, call: Call) -> Result<u8, Failure> {
+    const UNKNOWN: u8 = 3;
+    let now_s = clock::wall_ms() / 1_000;
+    let web_token = match call.token {
+        Token::Web(web_token) => Some(web_token),
+        Token::Name(kind, name) => api.store.customer_named(kind, call.plugin, &name).map_err(unavailable)?,
+    };
+    let Some(web_token) = web_token else { return Ok(UNKNOWN) };
+    let customer: Option<Customer> = match call.h5push {
+        None => api.store.customer(call.plugin, &web_token, now_s).map_err(unavailable)?,
+        Some(is_on) => {
+            let toggle = if is_on { Toggle::On } else { Toggle::Off };
+            let hearing = Hearing { toggle: Some(toggle), ..Hearing::default() };
+            let customer = api.store.change_customer(call.plugin, &web_token, &hearing, true, now_s).await;
+            let customer = customer.map_err(unavailable)?;
+            if customer.is_some() {
+                api.metrics.count_toggle(toggle.as_str());
+            }
+            customer
+        }
+    };
+    Ok(customer.map_or(UNKNOWN, |customer| u8::from(api.would_push(&customer))))
+}
+
+fn unavailable(_: Refusal) -> Failure {
+    Failure { code: 5_000, message: "服务暂时无法保存,请稍后重试".to_owned() }
+}
+
+fn wrong(message: impl Into<String>) -> Failure {
+    Failure { code: 2_000, message: message.into() }
+}
+
+fn missing(name: &str) -> Failure {
+    Failure { code: 2_062, message: format!("缺少参数:{name}") }
+}
+
+/// Collects the parameters of query and body. An empty value is an absent one; two that differ are an error.
+fn parameters(query: &str, form: BodyForm, body: &[u8]) -> Result<BTreeMap<String, String>, Failure> {
+    let mut all = BTreeMap::new();
+    let mut add = |name: String, value: String| match all.get(&name) {
+        _ if value.is_empty() => Ok(()),
+        Some(other) if *other != value => Err(wrong(format!("参数错误:{name} 的值前后不一致"))),
+        _ => {
+            all.insert(name, value);
+            Ok(())
+        }
+    };
+    for (name, value) in form_urlencoded::parse(query.as_bytes()) {
+        add(name.into_owned(), value.into_owned())?;
+    }
+    match form {
+        BodyForm::None => {}
+        BodyForm::Form => {
+            for (name, value) in form_urlencoded::parse(body) {
+                add(name.into_owned(), value.into_owned())?;
+            }
+        }
+        BodyForm::Json if body.trim_ascii().is_empty() => {}
+        BodyForm::Json => {
+            let object: Value = serde_json::from_slice(body).map_err(|_| wrong("参数错误:请求体不是合法的 JSON"))?;
+            let Value::Object(object) = object else {
+                return Err(wrong("参数错误:请求体必须是 JSON 对象"));
+            };
+            for (name, value) in object {
+                let value = match value {
+                    Value::Null => String::new(),
+                    Value::String(text) => text,
+                    Value::Number(number) => number.to_string(),
+                    Value::Bool(is_true) => is_true.to_string(),
+                    Value::Array(_) | Value::Object(_) if USED.contains(&name.as_str()) => {
+                        return Err(wrong(format!("参数错误:{name}")));
+                    }
+                    Value::Array(_) | Value::Object(_) => continue,
+                };
+                add(name, value)?;
+            }
+        }
+    }
+    Ok(all)
+}
+
+const USED: [&str; 5] = ["customer_token", "web_token", "sdk_token", "im_web_plugin_id", "h5push"];
+
+fn check(parameters: &BTreeMap<String, String>) -> Result<Call, Failure> {
+    let value = |name: &str| parameters.get(name).map(String::as_str);
+    let web = value("web_token").map(|token| Token::Web(token.to_owned()));
+    let named = |kind, name| value(name).map(|token| Token::Name(kind, token.to_owned()));
+    let tokens = [web, named(NameKind::Customer, "customer_token"), named(NameKind::Sdk, "sdk_token")];
+    let mut tokens = tokens.into_iter().flatten();
+    let token = tokens.next().ok_or_else(|| missing("customer_token、web_token 或 sdk_token"))?;
+    if tokens.next().is_some() {
+        return Err(wrong("参数错误:customer_token、web_token、sdk_token 只能有一个"));
+    }
+    let plugin = value("im_web_plugin_id").ok_or_else(|| missing("im_web_plugin_id"))?;
+    let is_number = plugin.bytes().all(|byte| byte.is_ascii_digit());
+    let plugin = plugin.parse().ok().filter(|_| is_number).and_then(Plugin::new);
+    let plugin = plugin.ok_or_else(|| wrong("参数错误:im_web_plugin_id 必须是数字"))?;
+    let h5push = match value("h5push") {
+        None => None,
+        Some("true") => Some(true),
+        Some("false") => Some(false),
+        Some(_) => return Err(wrong("参数错误:h5push 必须是 true 或 false")),
+    };
+    Ok(Call { token, plugin, h5push })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn call(query: &str, form: BodyForm, body: &str) -> Result<Call, u32> {
+        parameters(query, form, body.as_bytes())
+            .and_then(|parameters| check(&parameters))
+            .map_err(|failure| failure.code)
+    }
+
+    #[test]
+    fn parameters_come_from_query_json_and_form_alike() {
+        let expected = Call {
+            token: Token::Name(NameKind::Sdk, "é 1".to_owned()),
+            plugin: Plugin::new(12).unwrap(),
+            h5push: Some(false),
+        };
+        let forms = [
+            ("sdk_token=%C3%A9+1&im_web_plugin_id=12&h5push=false", BodyForm::None, ""),
+            ("", BodyForm::Form, "sdk_token=%C3%A9%201&im_web_plugin_id=12&h5push=false&web_token="),
+            ("", BodyForm::Json, r#"{"sdk_token":"é 1","im_web_plugin_id":12,"h5push":false,"web_token":null}"#),
+            ("im_web_plugin_id=12", BodyForm::Json, r#"{"sdk_token":"é 1","im_web_plugin_id":"12","h5push":"false"}"#),
+        ];
+        for (query, form, body) in forms {
+            assert_eq!(call(query, form, body).as_ref(), Ok(&expected), "{query} {body}");
+        }
+    }
+
+    #[test]
+    fn what_is_missing_or_wrong_has_its_code() {
+        let table = [
+            ("", BodyForm::None, "", 2_062),
+            ("im_web_plugin_id=12", BodyForm::None, "", 2_062),
+            ("web_token=&im_web_plugin_id=12", BodyForm::None, "", 2_062),
+            ("web_token=a", BodyForm::None, "", 2_062),
+            ("web_token=a&sdk_token=b&im_web_plugin_id=12", BodyForm::None, "", 2_000),
+            ("web_token=a&im_web_plugin_id=x", BodyForm::None, "", 2_000),
+            ("web_token=a&im_web_plugin_id=-1", BodyForm::None, "", 2_000),
+            ("web_token=a&im_web_plugin_id=%2B1", BodyForm::None, "", 2_000),
+            ("web_token=a&im_web_plugin_id=12&h5push=yes", BodyForm::None, "", 2_000),
+            ("web_token=a&im_web_plugin_id=12", BodyForm::Json, r#"{"web_token":"b"}"#, 2_000),
+            ("web_token=a&web_token=b&im_web_plugin_id=12", BodyForm::None, "", 2_000),
+            ("web_token=a&im_web_plugin_id=12", BodyForm::Json, "{", 2_000),
+            ("web_token=a&im_web_plugin_id=12", BodyForm::Json, "[]", 2_000),
+            ("im_web_plugin_id=12", BodyForm::Json, r#"{"web_token":["a"]}"#, 2_000),
+            ("im_web_plugin_id=12", BodyForm::Json, r#"{"web_token":"a","im_web_plugin_id":1.5}"#, 2_000),
+        ];
+        for (query, form, body, code) in table {
+            assert_eq!(call(query, form, body), Err(code), "{query} {body}");
+        }
+    }
+}

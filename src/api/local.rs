@@ -1,0 +1,274 @@
+//! The local listener: who may call, and what there is (contract §2, §3, §4).
+
+use std::net::IpAddr;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::{BodyExt as _, LengthLimitError, Limited};
+use hyper::body::{Body as _, Incoming};
+use hyper::header::{self, HeaderMap};
+use hyper::{Method, Request, Uri};
+use subtle::ConstantTimeEq as _;
+
+use super::answer::{Answer, ApiError, Code, error};
+use super::events::Form;
+use super::h5push::BodyForm;
+use super::{Api, customers, events, h5push, metrics};
+
+/// How long a body may take, whole.
+const BODY_LIMIT: Duration = Duration::from_secs(10);
+
+/// A route, as counted in metrics.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Route {
+    Events,
+    Customers,
+    H5push,
+    Healthz,
+    Readyz,
+}
+
+impl Route {
+    fn of(path: &str) -> Option<Route> {
+        Some(match path {
+            "/v1/events" => Route::Events,
+            "/v1/customers" => Route::Customers,
+            "/open_api_v1/im/h5push" => Route::H5push,
+            "/healthz" => Route::Healthz,
+            "/readyz" => Route::Readyz,
+            _ => return None,
+        })
+    }
+
+    fn path(self) -> &'static str {
+        match self {
+            Route::Events => "/v1/events",
+            Route::Customers => "/v1/customers",
+            Route::H5push => "/open_api_v1/im/h5push",
+            Route::Healthz => "/healthz",
+            Route::Readyz => "/readyz",
+        }
+    }
+
+    fn methods(self) -> &'static str {
+        match self {
+            Route::Events | Route::H5push => "POST",
+            Route::Customers => "GET, HEAD, PUT, DELETE",
+            Route::Healthz | Route::Readyz => "GET, HEAD",
+        }
+    }
+}
+
+/// Answers one request. `is_tcp`: it came over TCP, so that a browser may have sent it.
+pub(super) async fn answer(api: &Api, request: Request<Incoming>, is_tcp: bool) -> Answer {
+    let route = Route::of(request.uri().path());
+    let answer = match handle(api, route, request, is_tcp).await {
+        Ok(answer) => answer,
+        Err(error) => error.into_answer(),
+    };
+    api.metrics.count_request(route.map_or("other", Route::path), answer.status().as_u16());
+    answer
+}
+
+async fn handle(
+    api: &Api,
+    route: Option<Route>,
+    request: Request<Incoming>,
+    is_tcp: bool,
+) -> Result<Answer, ApiError> {
+    if is_tcp {
+        check_browser(request.headers(), request.uri(), &api.local.allowed_hosts)?;
+    }
+    if route != Some(Route::Healthz) {
+        check_token(api, request.headers())?;
+    }
+    let route = route.ok_or_else(|| error(Code::NotFound, "path: nothing is here"))?;
+    let method = request.method().clone();
+    if !route.methods().split(", ").any(|allowed| allowed == method.as_str()) {
+        let allowed = route.methods();
+        return Err(error(Code::MethodNotAllowed(allowed), format!("method: {allowed} only")));
+    }
+    let query = request.uri().query().unwrap_or("").to_owned();
+    match route {
+        Route::Healthz => Ok(metrics::healthz()),
+        Route::Readyz => Ok(metrics::readyz(api)),
+        Route::Events => {
+            let form = match content_type(request.headers())?.as_deref() {
+                Some("application/json") => Form::Json,
+                Some("application/x-ndjson") => Form::Ndjson,
+                _ => return Err(unsupported("application/json or application/x-ndjson")),
+            };
+            let body = read_body(request, api.local.max_body_bytes).await?;
+            events::post(api, form, &body).await
+        }
+        Route::Customers if method == Method::PUT => {
+            if content_type(request.headers())?.as_deref() != Some("application/json") {
+                return Err(unsupported("application/json"));
+            }
+            let body = read_body(request, api.local.max_body_bytes).await?;
+            customers::put(api, &body).await
+        }
+        Route::Customers => customers::get_or_delete(api, &method, &query).await,
+        Route::H5push => {
+            let form = match content_type(request.headers())?.as_deref() {
+                None if request.body().is_end_stream() => BodyForm::None,
+                Some("application/json") => BodyForm::Json,
+                Some("application/x-www-form-urlencoded") => BodyForm::Form,
+                _ => return Err(unsupported("application/json or application/x-www-form-urlencoded")),
+            };
+            let body = read_body(request, api.local.max_body_bytes).await?;
+            Ok(h5push::post(api, &query, form, &body).await)
+        }
+    }
+}
+
+/// A web page in a browser on this host can do nothing here.
+fn check_browser(headers: &HeaderMap, uri: &Uri, allowed_hosts: &[String]) -> Result<(), ApiError> {
+    let forbidden = |message: &str| error(Code::Forbidden, message);
+    let text = |name: &str| headers.get(name).map(|value| value.to_str().unwrap_or("\u{fffd}"));
+    let host = uri.authority().map(|authority| authority.as_str()).or_else(|| text("host"));
+    let host = host.ok_or_else(|| forbidden("host: is required"))?;
+    if headers.get_all(header::HOST).iter().count() > 1 || !is_allowed_host(host, allowed_hosts) {
+        return Err(forbidden("host: not a loopback name, nor in local.allowed_hosts"));
+    }
+    if let Some(origin) = text("origin") {
+        let own = origin.strip_prefix("http://").or_else(|| origin.strip_prefix("https://"));
+        if !own.is_some_and(|own| own.eq_ignore_ascii_case(host)) {
+            return Err(forbidden("origin: not this listener"));
+        }
+    }
+    if text("sec-fetch-site").is_some_and(|site| !matches!(site, "same-origin" | "none")) {
+        return Err(forbidden("sec-fetch-site: not the same origin"));
+    }
+    Ok(())
+}
+
+fn is_allowed_host(host: &str, allowed_hosts: &[String]) -> bool {
+    let is_port = |port: &str| port.parse::<u16>().is_ok();
+    let name = match host.rsplit_once(':') {
+        Some((name, port)) if is_port(port) && (!name.contains(':') || name.ends_with(']')) => name,
+        _ => host,
+    };
+    if allowed_hosts.iter().any(|allowed| allowed.eq_ignore_ascii_case(name) || allowed.eq_ignore_ascii_case(host)) {
+        return true;
+    }
+    let literal = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(name);
+    name.eq_ignore_ascii_case("localhost")
+        || literal.parse::<IpAddr>().is_ok_and(|address| address.to_canonical().is_loopback())
+}
+
+fn check_token(api: &Api, headers: &HeaderMap) -> Result<(), ApiError> {
+    let Some(token) = &api.local.token else { return Ok(()) };
+    let given = headers.get(header::AUTHORIZATION).map_or(&b""[..], |value| value.as_bytes());
+    let (scheme, given) = given.split_at_checked(7).unwrap_or_default();
+    let is_bearer = scheme.eq_ignore_ascii_case(b"bearer ");
+    if is_bearer && bool::from(given.ct_eq(token.expose().as_bytes())) {
+        Ok(())
+    } else {
+        Err(error(Code::Unauthorized, "authorization: a bearer token is required"))
+    }
+}
+
+/// The media type, in lower case; `None` without one. Only UTF-8 is understood.
+fn content_type(headers: &HeaderMap) -> Result<Option<String>, ApiError> {
+    let Some(value) = headers.get(header::CONTENT_TYPE) else { return Ok(None) };
+    let value = value.to_str().map_err(|_| unsupported("a readable content type"))?;
+    let mut parts = value.split(';').map(str::trim);
+    let media_type = parts.next().unwrap_or("").to_ascii_lowercase();
+    for parameter in parts {
+        let (name, value) = parameter.split_once('=').unwrap_or((parameter, ""));
+        let charset = value.trim().trim_matches('"');
+        if name.trim().eq_ignore_ascii_case("charset") && !charset.eq_ignore_ascii_case("utf-8") {
+            return Err(error(Code::UnsupportedMediaType, "content-type: charset must be utf-8"));
+        }
+    }
+    Ok(Some(media_type))
+}
+
+fn unsupported(expected: &str) -> ApiError {
+    error(Code::UnsupportedMediaType, format!("content-type: must be {expected}"))
+}
+
+async fn read_body(request: Request<Incoming>, bytes_max: usize) -> Result<Bytes, ApiError> {
+    let too_large = || error(Code::TooLarge, format!("body: must be at most {bytes_max} bytes"));
+    if request.body().size_hint().lower() > bytes_max as u64 {
+        return Err(too_large());
+    }
+    #[expect(clippy::disallowed_methods, reason = "the one place that may: bounded in size and time")]
+    let whole = Limited::new(request.into_body(), bytes_max).collect();
+    match tokio::time::timeout(BODY_LIMIT, whole).await {
+        Err(_) => Err(error(Code::RequestTimeout, format!("body: took longer than {} s", BODY_LIMIT.as_secs()))),
+        Ok(Err(problem)) if problem.is::<LengthLimitError>() => Err(too_large()),
+        Ok(Err(_)) => Err(error(Code::InvalidRequest, "body: broken off")),
+        Ok(Ok(body)) => Ok(body.to_bytes()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use hyper::header::{HeaderName, HeaderValue};
+
+    #[test]
+    fn only_loopback_names_and_allowed_ones_are_hosts() {
+        let allowed = ["relay.internal".to_owned()];
+        let table = [
+            ("localhost", true),
+            ("LOCALHOST:8460", true),
+            ("127.0.0.1:8460", true),
+            ("127.9.9.9", true),
+            ("[::1]:8460", true),
+            ("[::1]", true),
+            ("relay.internal:8460", true),
+            ("relay.internal", true),
+            ("evil.example", false),
+            ("localhost.evil.example", false),
+            ("127.0.0.1.evil.example", false),
+            ("10.0.0.1", false),
+            ("", false),
+        ];
+        for (host, is_allowed) in table {
+            assert_eq!(is_allowed_host(host, &allowed), is_allowed, "{host}");
+        }
+    }
+
+    #[test]
+    fn browsers_of_other_pages_are_refused() {
+        let table: [(&[(&str, &str)], bool); 9] = [
+            (&[("host", "localhost:8460")], true),
+            (&[("host", "localhost:8460"), ("origin", "http://localhost:8460")], true),
+            (&[("host", "localhost:8460"), ("origin", "http://localhost:9999")], false),
+            (&[("host", "localhost:8460"), ("origin", "null")], false),
+            (&[("host", "localhost:8460"), ("sec-fetch-site", "none")], true),
+            (&[("host", "localhost:8460"), ("sec-fetch-site", "same-origin")], true),
+            (&[("host", "localhost:8460"), ("sec-fetch-site", "same-site")], false),
+            (&[("host", "localhost:8460"), ("sec-fetch-site", "cross-site")], false),
+            (&[], false),
+        ];
+        for (given, is_allowed) in table {
+            let mut headers = HeaderMap::new();
+            for (name, value) in given {
+                headers.insert(HeaderName::from_static(name), HeaderValue::from_static(value));
+            }
+            let uri = Uri::from_static("/v1/events");
+            assert_eq!(check_browser(&headers, &uri, &[]).is_ok(), is_allowed, "{given:?}");
+        }
+    }
+
+    #[test]
+    fn content_types_are_read_with_their_charset() {
+        let table = [
+            ("application/json", Ok(Some("application/json"))),
+            ("Application/JSON; charset=\"UTF-8\"", Ok(Some("application/json"))),
+            ("application/json;charset=utf-8", Ok(Some("application/json"))),
+            ("application/json; charset=gbk", Err(())),
+            ("text/plain", Ok(Some("text/plain"))),
+        ];
+        for (value, expected) in table {
+            let mut headers = HeaderMap::new();
+            headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(value));
+            let found = content_type(&headers).map_err(|_| ());
+            assert_eq!(found.as_ref().map(|found| found.as_deref()), expected.as_ref().copied(), "{value}");
+        }
+    }
+}

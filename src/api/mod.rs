@@ -1,0 +1,140 @@
+//! The listeners: what callers on this host and monitoring see (contract §2 to §4, §7).
+
+mod answer;
+mod customers;
+mod events;
+mod h5push;
+mod local;
+mod metrics;
+mod server;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use tokio::sync::{mpsc, oneshot};
+
+pub use self::server::{Bound, ListenError, Shutdown, bind_local, bind_metrics, serve_local, serve_metrics};
+use crate::clock;
+use crate::config::{Endpoint, Local};
+use crate::domain::customer::Customer;
+use crate::domain::endpoint::{EndpointName, Plugin};
+use crate::domain::gate::{self, Question};
+use crate::metrics::{EndpointNow, Metrics, Now};
+use crate::relay::{Command, View};
+use crate::store::Store;
+
+/// How long the relay may take to answer a question.
+const ANSWER_LIMIT: Duration = Duration::from_secs(5);
+
+/// What every request can use.
+#[derive(Debug)]
+pub struct Api {
+    /// The outbox.
+    pub store: Store,
+    /// All metrics.
+    pub metrics: Metrics,
+    /// Questions to the relay.
+    pub relay: mpsc::Sender<Command>,
+    /// The endpoints of now.
+    pub endpoints: ArcSwap<BTreeMap<EndpointName, Endpoint>>,
+    /// `[local]`
+    pub local: Local,
+    /// `outbox.max_event_bytes`
+    pub max_event_bytes: usize,
+    /// `outbox.max_events`
+    pub max_events: u64,
+    /// `outbox.min_free_disk`
+    pub min_free_disk: u64,
+    /// `gate.require_h5push`
+    pub require_h5push: bool,
+    /// Whether the listeners are up and nobody has asked for a stop.
+    pub is_up: AtomicBool,
+}
+
+impl Api {
+    /// The endpoint that takes a plugin's events: its own, or the default.
+    fn endpoint_of(&self, plugin: Plugin) -> Option<(EndpointName, u64)> {
+        let endpoints = self.endpoints.load();
+        let own = endpoints.get(&EndpointName::of(plugin)).or_else(|| endpoints.get(&EndpointName::DEFAULT));
+        own.map(|endpoint| (endpoint.name, endpoint.max_events))
+    }
+
+    /// Whether the next offline agent message of a customer would be pushed.
+    fn would_push(&self, customer: &Customer) -> bool {
+        let question = Question::next_offline_message(self.endpoint_of(customer.plugin).is_some());
+        gate::decide(question, customer, self.require_h5push).is_ok()
+    }
+
+    async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Option<T> {
+        let (reply, answer) = oneshot::channel();
+        self.relay.send(command(reply)).await.ok()?;
+        tokio::time::timeout(ANSWER_LIMIT, answer).await.ok()?.ok()
+    }
+
+    async fn waiting(&self, plugin: Plugin, web_token: &str) -> Option<u64> {
+        let web_token = web_token.to_owned();
+        self.ask(|reply| Command::Waiting { plugin, web_token, reply }).await
+    }
+
+    /// How everything stands, for a scrape; `None` when the relay does not answer.
+    async fn now(&self) -> Option<Now> {
+        let view: View = self.ask(Command::View).await?;
+        let store = self.store.clone();
+        let (store_bytes, dead) =
+            tokio::task::spawn_blocking(move || (store.bytes(), store.dead_letters())).await.ok()?;
+        let dead: BTreeMap<EndpointName, u64> = dead.into_iter().collect();
+        let now_s = clock::wall_ms() / 1_000;
+        let mut endpoints: Vec<EndpointNow> = view
+            .endpoints
+            .iter()
+            .map(|endpoint| EndpointNow {
+                name: endpoint.name,
+                events: endpoint.events,
+                oldest_age_seconds: endpoint
+                    .oldest
+                    .map_or(0.0, |oldest| now_s.saturating_sub(u64::from(oldest)) as f64),
+                in_flight: endpoint.in_flight,
+                is_up: endpoint.is_up,
+                dead_letters: dead.get(&endpoint.name).copied().unwrap_or(0),
+            })
+            .collect();
+        for (name, dead_letters) in dead {
+            if dead_letters > 0 && !endpoints.iter().any(|endpoint| endpoint.name == name) {
+                let gone = EndpointNow {
+                    name,
+                    events: 0,
+                    oldest_age_seconds: 0.0,
+                    in_flight: 0,
+                    is_up: true,
+                    dead_letters,
+                };
+                endpoints.push(gone);
+            }
+        }
+        Some(Now {
+            endpoints,
+            outbox_bytes: view.outbox_bytes,
+            capacity_events: self.max_events,
+            free_bytes: self.store.free_bytes(),
+            free_floor_bytes: self.min_free_disk,
+            store_bytes,
+        })
+    }
+
+    /// Whether it accepts: listeners up, store open, disk above the floor.
+    fn is_ready(&self) -> Result<(), &'static str> {
+        if !self.is_up.load(Ordering::SeqCst) {
+            return Err("starting or stopping");
+        }
+        if self.store.is_disk_low() {
+            return Err("the disk is nearly full");
+        }
+        Ok(())
+    }
+}
+
+/// Shared by all connections.
+pub type Shared = Arc<Api>;

@@ -1,0 +1,233 @@
+//! Listeners and connections: limits on how many, how slow and how large, and how they end.
+
+use std::convert::Infallible;
+use std::io;
+use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use hyper::Request;
+use hyper::body::Incoming;
+use hyper::rt::{Read, Write};
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::net::{TcpListener, TcpSocket, UnixListener};
+use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinSet;
+
+use super::answer::Answer;
+use super::{Shared, local, metrics};
+use crate::config::{Listen, Local};
+
+/// A head, and an idle connection, may take so long.
+const HEAD_LIMIT: Duration = Duration::from_secs(30);
+/// Most headers of a request.
+const HEADERS_MAX: usize = 64;
+/// Largest head of a request, bytes.
+const HEAD_MAX: usize = 64 << 10;
+/// Connections that the kernel holds until they are accepted.
+const BACKLOG: u32 = 1_024;
+/// Connections for monitoring.
+const METRICS_CONNECTIONS_MAX: usize = 64;
+/// After an error of accept(2), which is mostly a want of descriptors.
+const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
+
+/// Tells all connections to end.
+pub type Shutdown = watch::Receiver<bool>;
+
+/// Why nothing listens.
+#[derive(Debug, thiserror::Error)]
+#[error("{listen}: {error}")]
+pub struct ListenError {
+    listen: String,
+    error: io::Error,
+}
+
+/// A bound listener.
+#[derive(Debug)]
+pub enum Bound {
+    /// TCP.
+    Tcp(TcpListener),
+    /// A unix socket and where it is.
+    Unix(UnixListener, PathBuf),
+}
+
+impl Bound {
+    /// The address, for TCP.
+    #[must_use]
+    pub fn address(&self) -> Option<SocketAddr> {
+        match self {
+            Bound::Tcp(listener) => listener.local_addr().ok(),
+            Bound::Unix(..) => None,
+        }
+    }
+}
+
+/// Binds `[local]`.
+///
+/// # Errors
+/// The address is in use or may not be used.
+pub fn bind_local(local: &Local) -> Result<Bound, ListenError> {
+    let error = |error| ListenError { listen: local.listen.to_string(), error };
+    match &local.listen {
+        Listen::Tcp(address) => bind_tcp(*address).map(Bound::Tcp).map_err(error),
+        Listen::Unix(path) => bind_unix(path, local).map_err(error),
+    }
+}
+
+/// Binds `[metrics]`.
+///
+/// # Errors
+/// The address is in use or may not be used.
+pub fn bind_metrics(address: SocketAddr) -> Result<Bound, ListenError> {
+    bind_tcp(address).map(Bound::Tcp).map_err(|error| ListenError { listen: address.to_string(), error })
+}
+
+fn bind_tcp(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
+}
+
+fn bind_unix(path: &Path, local: &Local) -> io::Result<Bound> {
+    // A socket that a crash left behind; one that somebody answers on is in use.
+    if path.exists() {
+        if std::os::unix::net::UnixStream::connect(path).is_ok() {
+            return Err(io::ErrorKind::AddrInUse.into());
+        }
+        std::fs::remove_file(path)?;
+    }
+    let listener = UnixListener::bind(path)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(local.socket_mode))?;
+    if let Some(group) = &local.socket_group {
+        let id = group_id(group)?;
+        std::os::unix::fs::chown(path, None, Some(id))?;
+    }
+    Ok(Bound::Unix(listener, path.to_owned()))
+}
+
+/// The number of a group: given as one, or by name in /etc/group.
+fn group_id(group: &str) -> io::Result<u32> {
+    if let Ok(id) = group.parse() {
+        return Ok(id);
+    }
+    let known = std::fs::read_to_string("/etc/group")?;
+    let line = known.lines().map(|line| line.split(':').collect::<Vec<_>>());
+    let found = line.filter(|fields| fields.first() == Some(&group)).find_map(|fields| fields.get(2)?.parse().ok());
+    found.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, format!("no group {group}")))
+}
+
+/// Serves `[local]` until told to stop, then ends what is open.
+pub async fn serve_local(bound: Bound, api: Shared, shutdown: Shutdown) {
+    let connections = Arc::new(Semaphore::new(api.local.max_connections as usize));
+    let is_tcp = matches!(bound, Bound::Tcp(_));
+    let handler = move |request: Request<Incoming>| {
+        let api = Arc::clone(&api);
+        async move { local::answer(&api, request, is_tcp).await }
+    };
+    serve(bound, connections, handler, shutdown).await;
+}
+
+/// Serves `[metrics]` until told to stop.
+pub async fn serve_metrics(bound: Bound, api: Shared, shutdown: Shutdown) {
+    let connections = Arc::new(Semaphore::new(METRICS_CONNECTIONS_MAX));
+    let handler = move |request: Request<Incoming>| {
+        let api = Arc::clone(&api);
+        async move { metrics::answer(&api, request.method(), request.uri().path()).await }
+    };
+    serve(bound, connections, handler, shutdown).await;
+}
+
+async fn serve<H, F>(bound: Bound, connections: Arc<Semaphore>, handler: H, mut shutdown: Shutdown)
+where
+    H: Fn(Request<Incoming>) -> F + Clone + Send + Sync + 'static,
+    F: Future<Output = Answer> + Send,
+{
+    let mut open = JoinSet::new();
+    loop {
+        // A place first, so that what waits, waits in the kernel.
+        let permit = tokio::select! {
+            permit = Arc::clone(&connections).acquire_owned() => permit,
+            () = ending(&mut shutdown) => break,
+        };
+        let Ok(permit) = permit else { break };
+        tokio::select! {
+            accepted = accept(&bound) => match accepted {
+                Ok(stream) => {
+                    let (handler, shutdown) = (handler.clone(), shutdown.clone());
+                    open.spawn(async move {
+                        match stream {
+                            Stream::Tcp(stream) => connection(TokioIo::new(stream), handler, shutdown).await,
+                            Stream::Unix(stream) => connection(TokioIo::new(stream), handler, shutdown).await,
+                        }
+                        drop(permit);
+                    });
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "accepting a connection");
+                    tokio::time::sleep(ACCEPT_AGAIN).await;
+                }
+            },
+            () = ending(&mut shutdown) => break,
+        }
+        while open.try_join_next().is_some() {}
+    }
+    if let Bound::Unix(_, path) = &bound {
+        // The next start binds it anew.
+        drop(std::fs::remove_file(path));
+    }
+    drop(bound);
+    while open.join_next().await.is_some() {}
+}
+
+/// Waits until everything is to end.
+async fn ending(shutdown: &mut Shutdown) {
+    // Whoever tells has gone: that is an end too.
+    drop(shutdown.wait_for(|is_ending| *is_ending).await);
+}
+
+enum Stream {
+    Tcp(tokio::net::TcpStream),
+    Unix(tokio::net::UnixStream),
+}
+
+async fn accept(bound: &Bound) -> io::Result<Stream> {
+    match bound {
+        Bound::Tcp(listener) => {
+            let (stream, _) = listener.accept().await?;
+            stream.set_nodelay(true)?;
+            Ok(Stream::Tcp(stream))
+        }
+        Bound::Unix(listener, _) => Ok(Stream::Unix(listener.accept().await?.0)),
+    }
+}
+
+async fn connection<I, H, F>(io: I, handler: H, mut shutdown: Shutdown)
+where
+    I: Read + Write + Unpin,
+    H: Fn(Request<Incoming>) -> F,
+    F: Future<Output = Answer>,
+{
+    let service = service_fn(|request| {
+        let answer = handler(request);
+        async move { Ok::<_, Infallible>(answer.await) }
+    });
+    let connection = hyper::server::conn::http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_LIMIT)
+        .max_headers(HEADERS_MAX)
+        .max_buf_size(HEAD_MAX)
+        .serve_connection(io, service);
+    let mut connection = std::pin::pin!(connection);
+    tokio::select! {
+        // A peer that breaks off or speaks no HTTP is its own affair.
+        ended = connection.as_mut() => drop(ended),
+        () = ending(&mut shutdown) => {
+            connection.as_mut().graceful_shutdown();
+            drop(connection.await);
+        }
+    }
+}

@@ -1,0 +1,205 @@
+//! Wiring, start and stop: the only file that sees everything.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinSet;
+
+use crate::api::{self, Api, Bound};
+use crate::clock;
+use crate::config::{Config, Endpoint};
+use crate::domain::endpoint::EndpointName;
+use crate::domain::push::PushBounds;
+use crate::domain::retry::Delays;
+use crate::domain::schedule::{self, Schedule};
+use crate::metrics::Metrics;
+use crate::relay::{self, Command, Deliverer, NOTICES_MAX, Relay, max_in_flight};
+use crate::store::{self, Store, Threads};
+
+/// Longest time between checkpoints.
+const CHECKPOINT_EVERY: Duration = Duration::from_secs(5);
+
+/// Why the relay does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The data directory cannot be used.
+    #[error(transparent)]
+    Store(#[from] store::OpenError),
+    /// An address cannot be listened on.
+    #[error("cannot listen on {0}")]
+    Listen(#[from] api::ListenError),
+    /// A certificate in the config is of no use.
+    #[error(transparent)]
+    Tls(#[from] relay::TlsError),
+    /// A mistake in the metrics.
+    #[error("metrics: {0}")]
+    Metrics(#[from] prometheus::Error),
+}
+
+/// A relay that runs.
+#[derive(Debug)]
+pub struct App {
+    store: Store,
+    threads: Threads,
+    commands: mpsc::Sender<Command>,
+    relay: tokio::task::JoinHandle<()>,
+    listeners: JoinSet<()>,
+    stop_local: watch::Sender<bool>,
+    stop_metrics: watch::Sender<bool>,
+    api: Arc<Api>,
+    shutdown_timeout: Duration,
+    /// Where `[local]` listens, for TCP.
+    pub local_address: Option<SocketAddr>,
+    /// Where `[metrics]` listens.
+    pub metrics_address: Option<SocketAddr>,
+}
+
+impl App {
+    /// Opens the store, binds the listeners and starts everything. When this returns, it accepts.
+    ///
+    /// # Errors
+    /// Nothing runs.
+    pub async fn start(config: Config) -> Result<App, StartError> {
+        let metrics = Metrics::new(config.metrics_max_endpoints)?;
+        let deliverer = Deliverer::new(config.extra_ca_file.as_deref())?;
+        // Bound before the store is opened: a wrong address is said at once. What comes early waits in the kernel.
+        let local = api::bind_local(&config.local)?;
+        let scrape = api::bind_metrics(config.metrics_listen)?;
+        let (local_address, metrics_address) = (local.address(), scrape.address());
+        let mut schedule = Schedule::new(schedule_settings(&config));
+        for endpoint in config.endpoints.values() {
+            schedule.put_endpoint(endpoint.name, endpoint.limits, 0);
+            // Its series are there from the start.
+            metrics.endpoint(endpoint.name);
+        }
+        let (tell, notices) = mpsc::channel(NOTICES_MAX);
+        let settings = store_settings(&config);
+        let store_metrics = metrics.store.clone();
+        let opened = tokio::task::spawn_blocking(move || {
+            let begun = clock::now();
+            let opened = Store::open(settings, store_metrics, &mut schedule, tell);
+            (opened, schedule, begun.elapsed())
+        });
+        let (opened, schedule, took) = match opened.await {
+            Ok(opened) => opened,
+            Err(panic) => std::panic::resume_unwind(panic.into_panic()),
+        };
+        let (store, threads) = opened?;
+        tracing::info!(events = schedule.events(), lanes = schedule.lanes(), ?took, "the store is open");
+        let relay_settings = relay::Settings {
+            timeout: config.timeout,
+            bounds: PushBounds { messages_max: config.max_messages, bytes_max: config.max_bytes },
+            logs_attempts: config.log_attempts,
+        };
+        let relay =
+            Relay::new(schedule, store.clone(), deliverer, &config.endpoints, relay_settings, metrics.clone());
+        let (commands, asked) = mpsc::channel(relay::COMMANDS_MAX);
+        let relay = tokio::spawn(relay.run(notices, asked));
+        let api = Arc::new(new_api(&config, store.clone(), metrics, commands.clone()));
+        let mut listeners = JoinSet::new();
+        let (stop_local, local_stopped) = watch::channel(false);
+        let (stop_metrics, metrics_stopped) = watch::channel(false);
+        listeners.spawn(serve(local, Arc::clone(&api), local_stopped, true));
+        listeners.spawn(serve(scrape, Arc::clone(&api), metrics_stopped, false));
+        api.is_up.store(true, Ordering::SeqCst);
+        Ok(App {
+            store,
+            threads,
+            commands,
+            relay,
+            listeners,
+            stop_local,
+            stop_metrics,
+            api,
+            shutdown_timeout: config.shutdown_timeout,
+            local_address,
+            metrics_address,
+        })
+    }
+
+    /// Stops: listeners first, then attempts, then the store. What is accepted is kept.
+    pub async fn stop(self) {
+        let App { store, threads, commands, relay, mut listeners, stop_local, stop_metrics, api, .. } = self;
+        let deadline = tokio::time::Instant::now() + self.shutdown_timeout;
+        api.is_up.store(false, Ordering::SeqCst);
+        stop_local.send_replace(true);
+        let (reply, drained) = oneshot::channel();
+        if commands.send(Command::Drain(reply)).await.is_ok()
+            && tokio::time::timeout_at(deadline, drained).await.is_err()
+        {
+            tracing::warn!("attempts in flight are given up: they will be made again");
+        }
+        // Requests that had begun are answered by now, or too slow.
+        if tokio::time::timeout_at(deadline, listeners.join_next()).await.is_err() {
+            tracing::warn!("a request was still being sent");
+        }
+        stop_metrics.send_replace(true);
+        listeners.shutdown().await;
+        drop(commands);
+        let ended = tokio::task::spawn_blocking(move || store.end(threads)).await;
+        if ended.is_err() {
+            tracing::error!("the store did not end well");
+        }
+        relay.abort();
+        tracing::info!("stopped");
+    }
+}
+
+async fn serve(bound: Bound, api: Arc<Api>, stop: watch::Receiver<bool>, is_local: bool) {
+    if is_local {
+        api::serve_local(bound, api, stop).await;
+    } else {
+        api::serve_metrics(bound, api, stop).await;
+    }
+}
+
+fn new_api(config: &Config, store: Store, metrics: Metrics, relay: mpsc::Sender<Command>) -> Api {
+    let endpoints: BTreeMap<EndpointName, Endpoint> = config.endpoints.clone();
+    Api {
+        store,
+        metrics,
+        relay,
+        endpoints: ArcSwap::from_pointee(endpoints),
+        local: config.local.clone(),
+        max_event_bytes: config.max_event_bytes,
+        max_events: config.max_events,
+        min_free_disk: config.min_free_disk,
+        require_h5push: config.require_h5push,
+        is_up: AtomicBool::new(false),
+    }
+}
+
+fn schedule_settings(config: &Config) -> schedule::Settings {
+    schedule::Settings {
+        delays: Delays::new(&config.backoff),
+        max_age_s: config.max_age.as_secs(),
+        max_attempts: config.max_attempts,
+        max_refusals: config.max_refusals,
+        breaker_failures: config.breaker_failures,
+        max_in_flight: max_in_flight(config.max_in_flight, config.local.max_connections),
+        events_per_push: config.max_messages,
+    }
+}
+
+fn store_settings(config: &Config) -> store::Settings {
+    store::Settings {
+        dir: config.data_dir.clone(),
+        segment_bytes: store::SEGMENT_BYTES,
+        free_min: config.min_free_disk,
+        checkpoint_every: CHECKPOINT_EVERY,
+        rules: store::Rules {
+            events_max: config.max_events,
+            dedupe_window_s: config.dedupe_window.as_secs(),
+            dedupe_max: config.dedupe_max,
+            require_h5push: config.require_h5push,
+            forget_after_s: config.forget_after.as_secs(),
+        },
+        dead_keep_s: config.dead_keep.as_secs(),
+        dead_max: config.dead_max,
+    }
+}

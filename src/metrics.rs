@@ -1,0 +1,451 @@
+//! Every metric of contract §7: names, labels, and that known label values are there from the start at 0.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use prometheus::{
+    Counter, CounterVec, Encoder as _, Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec,
+    IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+};
+
+use crate::domain::endpoint::EndpointName;
+use crate::domain::gate::Suppressed;
+use crate::domain::outcome::{AttemptResult, DeathReason};
+
+/// The content type of the exposition, whatever was asked for.
+pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4";
+
+/// Endpoints beyond `metrics.max_endpoints` are counted together under this label.
+const OTHER: &str = "other";
+
+const ATTEMPT_BUCKETS: &[f64] =
+    &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 15.0];
+const LATENCY_BUCKETS: &[f64] = &[
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 1_800.0, 7_200.0, 36_000.0,
+    86_400.0,
+];
+const ACCEPT_BUCKETS: &[f64] = &[0.000_5, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5];
+
+/// What the store counts.
+#[derive(Clone, Debug)]
+pub struct StoreMetrics {
+    /// Time of an fdatasync of the journal.
+    pub sync_seconds: Histogram,
+    /// Failures by operation.
+    pub errors: IntCounterVec,
+    /// Damage by what was damaged.
+    pub damage: IntCounterVec,
+    endpoints: Arc<Endpoints>,
+}
+
+impl StoreMetrics {
+    /// Counts damage.
+    pub fn damaged(&self, what: &str, count: u64) {
+        self.damage.with_label_values(&[what]).inc_by(count);
+    }
+
+    /// Counts dead letters that went for age or number.
+    pub fn dead_dropped(&self, endpoint: EndpointName, count: u64) {
+        self.endpoints.of(endpoint).dead_letters_dropped.inc_by(count);
+    }
+}
+
+/// The counters and gauges of one endpoint, looked up once.
+#[derive(Clone, Debug)]
+pub struct EndpointMetrics {
+    label: String,
+    /// Attempts by result.
+    attempts: HashMap<&'static str, IntCounter>,
+    /// Messages delivered.
+    pub messages_delivered: IntCounter,
+    /// Seconds in which a lane was ready and the rate forbade it.
+    pub rate_limited_seconds: Counter,
+    /// Dead letters by reason.
+    dead_letters: HashMap<&'static str, IntCounter>,
+    /// Dead letters that went for age or number.
+    pub dead_letters_dropped: IntCounter,
+}
+
+impl EndpointMetrics {
+    /// Counts an attempt.
+    pub fn attempt(&self, result: AttemptResult) {
+        if let Some(counter) = self.attempts.get(result.as_str()) {
+            counter.inc();
+        }
+    }
+
+    /// Counts dead letters.
+    pub fn died(&self, reason: DeathReason, count: u64) {
+        if let Some(counter) = self.dead_letters.get(reason.as_str()) {
+            counter.inc_by(count);
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Endpoints {
+    known: Mutex<HashMap<EndpointName, Arc<EndpointMetrics>>>,
+    max: usize,
+    attempts: IntCounterVec,
+    messages_delivered: IntCounterVec,
+    rate_limited_seconds: CounterVec,
+    dead_letters_total: IntCounterVec,
+    dead_letters_dropped: IntCounterVec,
+}
+
+impl Endpoints {
+    fn of(&self, name: EndpointName) -> Arc<EndpointMetrics> {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(metrics) = known.get(&name) {
+            return Arc::clone(metrics);
+        }
+        let label = if known.len() < self.max { name.to_string() } else { OTHER.to_owned() };
+        let metrics = Arc::new(EndpointMetrics {
+            attempts: AttemptResult::ALL
+                .iter()
+                .map(|result| {
+                    (result.as_str(), self.attempts.with_label_values(&[label.as_str(), result.as_str()]))
+                })
+                .collect(),
+            messages_delivered: self.messages_delivered.with_label_values(&[&label]),
+            rate_limited_seconds: self.rate_limited_seconds.with_label_values(&[&label]),
+            dead_letters: DeathReason::ALL
+                .iter()
+                .map(|reason| {
+                    let counter = self.dead_letters_total.with_label_values(&[label.as_str(), reason.as_str()]);
+                    (reason.as_str(), counter)
+                })
+                .collect(),
+            dead_letters_dropped: self.dead_letters_dropped.with_label_values(&[&label]),
+            label,
+        });
+        known.insert(name, Arc::clone(&metrics));
+        metrics
+    }
+}
+
+/// How an endpoint stands when it is scraped.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct EndpointNow {
+    /// Its name.
+    pub name: EndpointName,
+    /// Events that wait.
+    pub events: u64,
+    /// Age of the oldest, seconds; 0 when none waits.
+    pub oldest_age_seconds: f64,
+    /// Attempts in flight.
+    pub in_flight: u32,
+    /// Whether it is up.
+    pub is_up: bool,
+    /// Dead letters that are kept.
+    pub dead_letters: u64,
+}
+
+/// What is read when it is scraped.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Now {
+    /// Every endpoint.
+    pub endpoints: Vec<EndpointNow>,
+    /// Bytes of records that wait.
+    pub outbox_bytes: u64,
+    /// `outbox.max_events`.
+    pub capacity_events: u64,
+    /// Free space, bytes.
+    pub free_bytes: u64,
+    /// `outbox.min_free_disk`, bytes.
+    pub free_floor_bytes: u64,
+    /// Bytes of the data directory.
+    pub store_bytes: u64,
+}
+
+/// All metrics.
+#[derive(Clone, Debug)]
+pub struct Metrics {
+    registry: Registry,
+    endpoints: Arc<Endpoints>,
+    /// Of the store.
+    pub store: StoreMetrics,
+    events: IntCounterVec,
+    /// Time of an attempt, head of the answer included.
+    pub push_seconds: Histogram,
+    /// From acceptance to delivery.
+    pub delivery_seconds: Histogram,
+    /// From the whole request to the answer.
+    pub accept_seconds: Histogram,
+    outbox_events: IntGaugeVec,
+    outbox_bytes: IntGauge,
+    outbox_oldest: GaugeVec,
+    in_flight: IntGaugeVec,
+    endpoint_up: IntGaugeVec,
+    dead_letters: IntGaugeVec,
+    capacity_events: IntGauge,
+    free_bytes: Gauge,
+    free_floor_bytes: Gauge,
+    store_bytes: Gauge,
+    local_requests: IntCounterVec,
+    /// Events withdrawn.
+    pub withdrawn: IntCounter,
+    toggles: IntCounterVec,
+}
+
+/// What became of an event, as counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EventOutcome {
+    /// Stored.
+    Queued,
+    /// Known already.
+    Duplicate,
+    /// The gate said no.
+    Suppressed(Suppressed),
+    /// Invalid: the error's code.
+    Rejected(&'static str),
+    /// Not now: the error's code.
+    Refused(&'static str),
+}
+
+/// Codes of rejections, for metrics that start at 0.
+const REJECTED: [&str; 2] = ["invalid_event", "too_large"];
+/// Codes of refusals, for metrics that start at 0.
+const REFUSED: [&str; 4] = ["outbox_full", "endpoint_full", "disk_low", "stopping"];
+/// What the store does that can fail.
+const STORE_OPS: [&str; 9] =
+    ["append", "sync", "queue", "read", "bury", "checkpoint", "allocate", "expire", "compact"];
+/// What can be damaged.
+const DAMAGE: [&str; 6] = ["journal", "torn_tail", "queue", "checkpoint", "dead_letters", "state_log"];
+
+impl Metrics {
+    /// All metrics, at 0.
+    ///
+    /// # Errors
+    /// Two metrics of one name: a mistake in this file.
+    pub fn new(endpoints_max: usize) -> Result<Metrics, prometheus::Error> {
+        let registry = Registry::new();
+        let make = Maker { registry: &registry };
+        let endpoint = &["endpoint"];
+        let endpoints = Arc::new(Endpoints {
+            known: Mutex::new(HashMap::new()),
+            max: endpoints_max,
+            attempts: make.counters(
+                "h5push_push_attempts_total",
+                "Attempts at a push, by result.",
+                &["endpoint", "result"],
+            )?,
+            messages_delivered: make.counters(
+                "h5push_messages_delivered_total",
+                "Messages whose push succeeded.",
+                endpoint,
+            )?,
+            rate_limited_seconds: make.register(CounterVec::new(
+                Opts::new(
+                    "h5push_rate_limited_seconds_total",
+                    "Seconds in which a push was ready and the endpoint's rate forbade it.",
+                ),
+                endpoint,
+            )?)?,
+            dead_letters_total: make.counters(
+                "h5push_dead_letters_total",
+                "Events given up, by reason.",
+                &["endpoint", "reason"],
+            )?,
+            dead_letters_dropped: make.counters(
+                "h5push_dead_letters_dropped_total",
+                "Dead letters that went for age or number.",
+                endpoint,
+            )?,
+        });
+        let metrics = Metrics {
+            store: StoreMetrics {
+                sync_seconds: make.histogram(
+                    "h5push_store_sync_duration_seconds",
+                    "Time of an fdatasync of the journal.",
+                    ACCEPT_BUCKETS,
+                )?,
+                errors: make.counters("h5push_store_errors_total", "Failures of the store.", &["op"])?,
+                damage: make.counters(
+                    "h5push_store_damage_total",
+                    "Damage found in the store's files.",
+                    &["what"],
+                )?,
+                endpoints: Arc::clone(&endpoints),
+            },
+            events: make.counters(
+                "h5push_events_total",
+                "Events posted, by outcome.",
+                &["outcome", "reason"],
+            )?,
+            push_seconds: make.histogram(
+                "h5push_push_duration_seconds",
+                "Time of an attempt at a push.",
+                ATTEMPT_BUCKETS,
+            )?,
+            delivery_seconds: make.histogram(
+                "h5push_delivery_latency_seconds",
+                "Time from the acceptance of an event to its delivery.",
+                LATENCY_BUCKETS,
+            )?,
+            accept_seconds: make.histogram(
+                "h5push_accept_duration_seconds",
+                "Time from the whole request to the answer.",
+                ACCEPT_BUCKETS,
+            )?,
+            outbox_events: make.gauges("h5push_outbox_events", "Events that wait.", endpoint)?,
+            outbox_bytes: make.gauge("h5push_outbox_bytes", "Bytes of records that wait, about.")?,
+            outbox_oldest: make.register(GaugeVec::new(
+                Opts::new(
+                    "h5push_outbox_oldest_age_seconds",
+                    "Age of the oldest event that waits; 0 when none does.",
+                ),
+                endpoint,
+            )?)?,
+            in_flight: make.gauges("h5push_in_flight", "Attempts in flight.", endpoint)?,
+            endpoint_up: make.gauges("h5push_endpoint_up", "Whether the endpoint is up.", endpoint)?,
+            dead_letters: make.gauges("h5push_dead_letters", "Dead letters that are kept.", endpoint)?,
+            capacity_events: make.gauge("h5push_outbox_capacity_events", "Most events that may wait.")?,
+            free_bytes: make.real("h5push_store_free_bytes", "Free space of the data directory's disk.")?,
+            free_floor_bytes: make
+                .real("h5push_store_free_floor_bytes", "Free space below which events are refused.")?,
+            store_bytes: make.real("h5push_store_bytes", "Bytes of the data directory.")?,
+            local_requests: make.counters(
+                "h5push_local_requests_total",
+                "Requests on the local listener, by path and status.",
+                &["path", "code"],
+            )?,
+            withdrawn: make.register(IntCounter::new(
+                "h5push_withdrawn_total",
+                "Events withdrawn: toggled off, or customer forgotten.",
+            )?)?,
+            toggles: make.counters("h5push_toggles_total", "Toggles set, by state.", &["state"])?,
+            endpoints,
+            registry: registry.clone(),
+        };
+        metrics.start_at_zero();
+        let build = make.gauges("h5push_build_info", "The build that runs.", &["version", "revision"])?;
+        let revision = option_env!("H5PUSH_REVISION").unwrap_or("unknown");
+        build.with_label_values(&[env!("CARGO_PKG_VERSION"), revision]).set(1);
+        let reload = make.gauge(
+            "h5push_config_last_reload_successful",
+            "Whether the config that was read last is the one that runs.",
+        )?;
+        reload.set(1);
+        let collector = prometheus::process_collector::ProcessCollector::for_self();
+        registry.register(Box::new(collector))?;
+        Ok(metrics)
+    }
+
+    fn start_at_zero(&self) {
+        for outcome in ["queued", "duplicate"] {
+            self.events.with_label_values(&[outcome, ""]);
+        }
+        for reason in Suppressed::ALL {
+            self.events.with_label_values(&["suppressed", reason.as_str()]);
+        }
+        for (outcome, reasons) in [("rejected", REJECTED.as_slice()), ("refused", REFUSED.as_slice())] {
+            for reason in reasons {
+                self.events.with_label_values(&[outcome, reason]);
+            }
+        }
+        for op in STORE_OPS {
+            self.store.errors.with_label_values(&[op]);
+        }
+        for what in DAMAGE {
+            self.store.damage.with_label_values(&[what]);
+        }
+        for state in ["on", "off", "auto"] {
+            self.toggles.with_label_values(&[state]);
+        }
+    }
+
+    /// The counters of an endpoint.
+    #[must_use]
+    pub fn endpoint(&self, name: EndpointName) -> Arc<EndpointMetrics> {
+        self.endpoints.of(name)
+    }
+
+    /// Counts events.
+    pub fn count_events(&self, outcome: EventOutcome, count: u64) {
+        let (outcome, reason) = match outcome {
+            EventOutcome::Queued => ("queued", ""),
+            EventOutcome::Duplicate => ("duplicate", ""),
+            EventOutcome::Suppressed(reason) => ("suppressed", reason.as_str()),
+            EventOutcome::Rejected(code) => ("rejected", code),
+            EventOutcome::Refused(code) => ("refused", code),
+        };
+        self.events.with_label_values(&[outcome, reason]).inc_by(count);
+    }
+
+    /// Counts a request on `[local]`. `path` is a route, never what was asked for.
+    pub fn count_request(&self, path: &'static str, code: u16) {
+        self.local_requests.with_label_values(&[path, code.to_string().as_str()]).inc();
+    }
+
+    /// Counts a toggle that was set.
+    pub fn count_toggle(&self, state: &str) {
+        self.toggles.with_label_values(&[state]).inc();
+    }
+
+    /// The exposition, with the gauges as they are now.
+    ///
+    /// # Errors
+    /// The encoder's.
+    pub fn expose(&self, now: &Now) -> Result<Vec<u8>, prometheus::Error> {
+        for gauge in [&self.outbox_events, &self.in_flight, &self.endpoint_up, &self.dead_letters] {
+            gauge.reset();
+        }
+        self.outbox_oldest.reset();
+        let mut up: HashMap<String, bool> = HashMap::new();
+        for endpoint in &now.endpoints {
+            let known = self.endpoints.of(endpoint.name);
+            let label = &[known.label.as_str()];
+            self.outbox_events.with_label_values(label).add(endpoint.events as i64);
+            self.in_flight.with_label_values(label).add(i64::from(endpoint.in_flight));
+            self.dead_letters.with_label_values(label).add(endpoint.dead_letters as i64);
+            let oldest = self.outbox_oldest.with_label_values(label);
+            oldest.set(oldest.get().max(endpoint.oldest_age_seconds));
+            // Of those counted together, the worst.
+            let worst = up.entry(label.first().copied().unwrap_or(OTHER).to_owned()).or_insert(true);
+            *worst &= endpoint.is_up;
+        }
+        for (label, is_up) in up {
+            self.endpoint_up.with_label_values(&[label]).set(i64::from(is_up));
+        }
+        self.outbox_bytes.set(now.outbox_bytes as i64);
+        self.capacity_events.set(now.capacity_events as i64);
+        self.free_bytes.set(now.free_bytes as f64);
+        self.free_floor_bytes.set(now.free_floor_bytes as f64);
+        self.store_bytes.set(now.store_bytes as f64);
+        let mut text = Vec::new();
+        TextEncoder::new().encode(&self.registry.gather(), &mut text)?;
+        Ok(text)
+    }
+}
+
+struct Maker<'a> {
+    registry: &'a Registry,
+}
+
+impl Maker<'_> {
+    fn register<C: prometheus::core::Collector + Clone + 'static>(&self, metric: C) -> Result<C, prometheus::Error> {
+        self.registry.register(Box::new(metric.clone()))?;
+        Ok(metric)
+    }
+
+    fn counters(&self, name: &str, help: &str, labels: &[&str]) -> Result<IntCounterVec, prometheus::Error> {
+        self.register(IntCounterVec::new(Opts::new(name, help), labels)?)
+    }
+
+    fn gauges(&self, name: &str, help: &str, labels: &[&str]) -> Result<IntGaugeVec, prometheus::Error> {
+        self.register(IntGaugeVec::new(Opts::new(name, help), labels)?)
+    }
+
+    fn gauge(&self, name: &str, help: &str) -> Result<IntGauge, prometheus::Error> {
+        self.register(IntGauge::new(name, help)?)
+    }
+
+    fn real(&self, name: &str, help: &str) -> Result<Gauge, prometheus::Error> {
+        self.register(Gauge::new(name, help)?)
+    }
+
+    fn histogram(&self, name: &str, help: &str, buckets: &[f64]) -> Result<Histogram, prometheus::Error> {
+        self.register(Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets.to_vec()))?)
+    }
+}

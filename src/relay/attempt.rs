@@ -1,0 +1,164 @@
+//! One attempt as a task: read the events, compose the push, send it, report.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use bytes::Bytes;
+
+use super::deliverer::{Deliverer, Push, Target};
+use super::Settings;
+use crate::clock;
+use crate::domain::endpoint::EndpointName;
+use crate::domain::keys::HashKey;
+use crate::domain::outcome::{AttemptResult, Verdict};
+use crate::domain::push::{self, Composition, PushBounds};
+use crate::store::{Reader, Stored};
+
+/// Whether an attempt has begun to send. A withdrawal that comes before stops it; one that comes after does not.
+#[derive(Debug, Default)]
+pub(super) struct Flight(AtomicU8);
+
+const PREPARING: u8 = 0;
+const SENDING: u8 = 1;
+const WITHDRAWN: u8 = 2;
+
+impl Flight {
+    pub(super) fn withdraw(&self) {
+        // Already sending: the report says what came of it.
+        drop(self.0.compare_exchange(PREPARING, WITHDRAWN, Ordering::SeqCst, Ordering::SeqCst));
+    }
+
+    fn may_send(&self) -> bool {
+        self.0.compare_exchange(PREPARING, SENDING, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+    }
+}
+
+/// Where an event's record is.
+#[derive(Debug)]
+pub(super) struct Place {
+    /// `None`: its segment is gone, which only happens to events that were withdrawn.
+    pub reader: Option<Reader>,
+    pub offset: u32,
+}
+
+/// An attempt to be made.
+#[derive(Debug)]
+pub(super) struct Job {
+    pub lane: u32,
+    pub endpoint: EndpointName,
+    pub events: Vec<Place>,
+    pub is_fixed: bool,
+    pub attempt: u32,
+    pub target: Arc<Target>,
+    pub flight: Arc<Flight>,
+    pub hashing: HashKey,
+    pub settings: Arc<Settings>,
+}
+
+/// What came of it.
+#[derive(Debug)]
+pub(super) struct Done {
+    pub lane: u32,
+    pub endpoint: EndpointName,
+    /// Events that the push carried.
+    pub taken: u32,
+    pub messages: u32,
+    pub accepted_ms: Vec<u64>,
+    pub verdict: Verdict,
+    /// `None`: nothing was sent.
+    pub result: Option<AttemptResult>,
+    pub seconds: f64,
+}
+
+impl Job {
+    pub(super) async fn run(self, deliverer: &Deliverer) -> Done {
+        let mut done = Done {
+            lane: self.lane,
+            endpoint: self.endpoint,
+            taken: 0,
+            messages: 0,
+            accepted_ms: Vec::new(),
+            verdict: Verdict::Again,
+            result: None,
+            seconds: 0.0,
+        };
+        let stored = match self.read() {
+            Ok(stored) => stored,
+            Err(verdict) => return Done { taken: 1, verdict, ..done },
+        };
+        let Some((push, event_ids)) = self.compose(&stored, &mut done) else {
+            return Done { taken: 1, verdict: Verdict::Damaged, ..done };
+        };
+        let begun = clock::now();
+        let report = deliverer.attempt(&self.target, &push, self.settings.timeout, || self.flight.may_send()).await;
+        done.seconds = begun.elapsed().as_secs_f64();
+        if let Some(report) = report {
+            done.verdict = report.verdict();
+            done.result = Some(report.result());
+            if self.settings.logs_attempts {
+                tracing::info!(
+                    endpoint = %self.endpoint,
+                    webhook_id = push.id,
+                    events = event_ids.join(" "),
+                    attempt = self.attempt,
+                    result = report.result().as_str(),
+                    ?report,
+                    seconds = done.seconds,
+                    "attempt"
+                );
+            }
+        }
+        done
+    }
+
+    /// Reads the events up to the first that does not read back.
+    fn read(&self) -> Result<Vec<Stored>, Verdict> {
+        let mut all = Vec::with_capacity(self.events.len());
+        let mut bytes = 0;
+        for place in &self.events {
+            let Some(reader) = &place.reader else { break };
+            match reader.read(place.offset) {
+                Ok(Some(stored)) => {
+                    bytes += stored.event().map_or(0, |event| event.messages.len());
+                    all.push(stored);
+                }
+                Ok(None) => break,
+                Err(error) if all.is_empty() => {
+                    tracing::error!(endpoint = %self.endpoint, %error, "the journal cannot be read just now");
+                    return Err(Verdict::Failed { hold: None, halves: false });
+                }
+                Err(_) => break,
+            }
+            if bytes > self.settings.bounds.bytes_max && !self.is_fixed {
+                break;
+            }
+        }
+        Ok(all)
+    }
+
+    /// Puts as many events as go together into one body. `None`: not even the first can be read.
+    fn compose<'a>(&self, stored: &'a [Stored], done: &mut Done) -> Option<(Push, Vec<&'a str>)> {
+        let first = stored.first()?.event()?;
+        // What was sent before goes together again, whatever the bounds are now.
+        let unbounded = PushBounds { messages_max: u32::MAX, bytes_max: usize::MAX };
+        let bounds = if self.is_fixed { unbounded } else { self.settings.bounds };
+        let mut composition = Composition::default();
+        let mut seqs = Vec::new();
+        let mut event_ids = Vec::new();
+        for stored in stored {
+            let Some(event) = stored.event() else { break };
+            let is_same = event.plugin == first.plugin && event.web_token == first.web_token;
+            if !is_same || !composition.take(event.count, event.messages, bounds) {
+                break;
+            }
+            seqs.push(stored.seq());
+            event_ids.push(event.event_id);
+            done.accepted_ms.push(event.accepted_ms);
+        }
+        done.taken = seqs.len() as u32;
+        done.messages = composition.messages();
+        let body = composition.body(first.web_token, first.plugin).ok()?;
+        let id = push::webhook_id(&self.hashing, &seqs);
+        Some((Push { id, attempt: self.attempt, body: Bytes::from(body) }, event_ids))
+    }
+}

@@ -1,0 +1,282 @@
+//! The stored form of every record, and the frame around it.
+//!
+//! A frame is a header of [`HEADER_LEN`] bytes with a checksum of its own, so that a reader finds the next record
+//! after damage; the body; and the body's checksum. All numbers are little-endian, checksums are CRC-32C.
+//!
+//! ```text
+//! magic 4 | body length 4 | segment 4 | own offset 4 | synced 4 | sequence number 8 | header crc 4 | body … | body crc 4
+//! ```
+//!
+//! `synced` says up to which offset the file was known to be on stable storage when the record was written: a bad
+//! record below any such mark is damage, above all of them it is a torn tail.
+
+use serde::{Deserialize, Serialize};
+
+use crate::domain::customer::{Customer, NameKind};
+use crate::domain::endpoint::{EndpointName, Plugin};
+use crate::domain::keys::{EventKey, LaneKey};
+use crate::domain::outcome::DeathReason;
+use crate::domain::schedule::Retry;
+
+/// Begins every frame; the last byte is the version of the format.
+const MAGIC: [u8; 4] = [b'H', b'5', b'R', 1];
+/// Bytes before a body.
+pub(super) const HEADER_LEN: usize = 32;
+/// Bytes around a body.
+pub(super) const FRAME_LEN: usize = HEADER_LEN + 4;
+
+/// Every kind of record. New kinds are added at the end: the place is the stored tag.
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+pub(super) enum Record<'a> {
+    /// The first record of a segment.
+    #[serde(borrow)]
+    Opened(Opened<'a>),
+    /// An event that was answered 202 once this is on stable storage.
+    #[serde(borrow)]
+    Accepted(Accepted<'a>),
+    /// Events that have ended.
+    Settled(Settled),
+    /// What the head of a lane waits with.
+    Deferred(DeferredRecord),
+    /// What is remembered of customers.
+    State(StateChange),
+    /// The last record of a complete segment: how many events it holds.
+    Sealed {
+        /// Events in the segment.
+        events: u32,
+    },
+    /// A dead letter; in `dead/` only.
+    #[serde(borrow)]
+    Dead(Dead<'a>),
+}
+
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Opened<'a> {
+    /// Identity and hash key of the data directory.
+    pub identity: [u8; 32],
+    pub segment: u64,
+    /// The segment before, and up to where it is valid.
+    pub previous: Option<(u64, u32)>,
+    /// How often the segment was compacted.
+    pub generation: u32,
+    /// Version of the program that wrote it.
+    pub version: &'a str,
+}
+
+/// An accepted event.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Accepted<'a> {
+    /// Where it goes.
+    pub endpoint: EndpointName,
+    /// Its plugin.
+    pub plugin: Plugin,
+    /// Its lane.
+    pub lane: LaneKey,
+    /// Its idempotency key.
+    pub key: EventKey,
+    /// When it was accepted, Unix milliseconds.
+    pub accepted_ms: u64,
+    /// Its id, given, derived or made up.
+    pub event_id: &'a str,
+    /// The customer.
+    pub web_token: &'a str,
+    /// How many messages.
+    pub count: u32,
+    /// The messages, as they stood between the brackets.
+    pub messages: &'a str,
+}
+
+/// How events ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Ending {
+    /// Their push succeeded.
+    Delivered,
+    /// They are dead letters.
+    Buried,
+    /// The customer was toggled off or forgotten.
+    Withdrawn,
+}
+
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Settled {
+    pub lane: LaneKey,
+    pub ending: Ending,
+    /// Whether an earlier `Deferred` of the lane is over.
+    pub retry_is_over: bool,
+    pub seqs: Vec<u64>,
+}
+
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct DeferredRecord {
+    pub lane: LaneKey,
+    /// Sequence number of the lane's first event.
+    pub head: u64,
+    pub retry: Retry,
+    /// Unix milliseconds.
+    pub due_ms: u64,
+}
+
+/// One change of what is remembered; repeating it changes nothing.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) enum StateChange {
+    /// The customer as it stands now.
+    PutCustomer(Customer),
+    /// The customer is forgotten.
+    DropCustomer { plugin: Plugin, web_token: String },
+    /// A name means this customer now; `None`: nobody.
+    Name { kind: NameKind, plugin: Plugin, name: String, web_token: Option<String> },
+}
+
+/// A dead letter as stored.
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Dead<'a> {
+    pub seq: u64,
+    pub reason: DeathReason,
+    pub buried_ms: u64,
+    pub attempts: u32,
+    /// Empty when the event's record could not be read.
+    #[serde(borrow)]
+    pub event: Option<Accepted<'a>>,
+    pub endpoint: EndpointName,
+}
+
+impl<'a> Record<'a> {
+    /// The body's bytes.
+    pub(super) fn encode(&self) -> Vec<u8> {
+        // Writing to a vector fails for no value of these types.
+        postcard::to_stdvec(self).unwrap_or_default()
+    }
+
+    pub(super) fn decode(body: &'a [u8]) -> Option<Record<'a>> {
+        postcard::from_bytes(body).ok()
+    }
+}
+
+/// What a frame's header says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Header {
+    pub body_len: u32,
+    pub segment: u32,
+    pub offset: u32,
+    pub synced: u32,
+    pub seq: u64,
+}
+
+impl Header {
+    /// Reads a header; `None` when it is none.
+    pub(super) fn read(bytes: &[u8]) -> Option<Header> {
+        let bytes = bytes.get(..HEADER_LEN)?;
+        let word = |at: usize| Some(u32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?));
+        if bytes.get(..4)? != MAGIC || crc32c::crc32c(bytes.get(..HEADER_LEN - 4)?) != word(HEADER_LEN - 4)? {
+            return None;
+        }
+        Some(Header {
+            body_len: word(4)?,
+            segment: word(8)?,
+            offset: word(12)?,
+            synced: word(16)?,
+            seq: u64::from_le_bytes(bytes.get(20..28)?.try_into().ok()?),
+        })
+    }
+
+    /// Bytes of the whole frame.
+    pub(super) fn frame_len(&self) -> u64 {
+        u64::from(self.body_len) + FRAME_LEN as u64
+    }
+}
+
+/// Appends a frame to `out`.
+pub(super) fn write_frame(out: &mut Vec<u8>, segment: u64, offset: u32, synced: u32, seq: u64, body: &[u8]) {
+    let start = out.len();
+    out.extend_from_slice(&MAGIC);
+    for word in [body.len() as u32, segment as u32, offset, synced] {
+        out.extend_from_slice(&word.to_le_bytes());
+    }
+    out.extend_from_slice(&seq.to_le_bytes());
+    let crc = crc32c::crc32c(out.get(start..).unwrap_or_default());
+    out.extend_from_slice(&crc.to_le_bytes());
+    out.extend_from_slice(body);
+    out.extend_from_slice(&crc32c::crc32c(body).to_le_bytes());
+}
+
+/// Checks the body and its checksum, which follow a header.
+pub(super) fn checked_body<'a>(header: &Header, frame: &'a [u8]) -> Option<&'a [u8]> {
+    let end = HEADER_LEN.checked_add(header.body_len as usize)?;
+    let body = frame.get(HEADER_LEN..end)?;
+    let crc = u32::from_le_bytes(frame.get(end..end + 4)?.try_into().ok()?);
+    (crc32c::crc32c(body) == crc).then_some(body)
+}
+
+/// The magic as a reader looks for it after damage.
+pub(super) fn find_magic(bytes: &[u8]) -> Option<usize> {
+    bytes.windows(MAGIC.len()).position(|window| window == MAGIC)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn accepted() -> Record<'static> {
+        Record::Accepted(Accepted {
+            endpoint: EndpointName::of(Plugin::new(12).unwrap()),
+            plugin: Plugin::new(12).unwrap(),
+            lane: LaneKey(0x0123_4567_89ab_cdef),
+            key: 0xfeed,
+            accepted_ms: 1_795_000_000_123,
+            event_id: "e-1",
+            web_token: "wang",
+            count: 1,
+            messages: r#"{"type":"message"}"#,
+        })
+    }
+
+    /// Version 1, frozen: a data directory written by any released version is read by every later one.
+    #[test]
+    fn the_first_version_of_the_format_is_read_as_it_was_written() {
+        let mut frame = Vec::new();
+        write_frame(&mut frame, 7, 300, 256, (7 << 20) + 5, &accepted().encode());
+        let hex: String = frame.iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(hex, FROZEN_V1);
+        let header = Header::read(&frame).unwrap();
+        assert_eq!(
+            header,
+            Header { body_len: header.body_len, segment: 7, offset: 300, synced: 256, seq: (7 << 20) + 5 }
+        );
+        assert_eq!(Record::decode(checked_body(&header, &frame).unwrap()).unwrap(), accepted());
+    }
+
+    const FROZEN_V1: &str = "4835520132000000070000002c010000000100000500700000000000239227f6010c0cef9bafcdf8acd1\
+        9101edfd03fbbcd9f29e3403652d310477616e6701127b2274797065223a226d657373616765227dac2387bb";
+
+    #[test]
+    fn every_kind_of_record_reads_back() {
+        let records = [
+            Record::Opened(Opened { identity: [3; 32], segment: 9, previous: Some((8, 77)), generation: 0, version: "0.1.0" }),
+            accepted(),
+            Record::Settled(Settled {
+                lane: LaneKey(1),
+                ending: Ending::Withdrawn,
+                retry_is_over: true,
+                seqs: vec![1, 2, u64::MAX],
+            }),
+            Record::Deferred(DeferredRecord { lane: LaneKey(1), head: 3, retry: Retry::default(), due_ms: 4 }),
+            Record::State(StateChange::PutCustomer(Customer::new("a", Plugin::NONE))),
+            Record::Sealed { events: 3 },
+        ];
+        for record in records {
+            assert_eq!(Record::decode(&record.encode()).unwrap(), record);
+        }
+    }
+
+    #[test]
+    fn a_flipped_bit_anywhere_is_noticed() {
+        let mut frame = Vec::new();
+        write_frame(&mut frame, 7, 0, 0, 1, &accepted().encode());
+        for bit in 0..frame.len() * 8 {
+            let mut flipped = frame.clone();
+            flipped[bit / 8] ^= 1 << (bit % 8);
+            let body = Header::read(&flipped).and_then(|header| checked_body(&header, &flipped).map(<[u8]>::to_vec));
+            assert_eq!(body, None, "bit {bit}");
+        }
+    }
+}

@@ -1,0 +1,136 @@
+//! The idempotency keys of the last events, in a ring with a table: about 26 bytes for a key.
+
+use std::collections::VecDeque;
+
+use hashbrown::HashTable;
+
+use crate::domain::keys::EventKey;
+
+/// The keys of the last queued events, bounded in number and age.
+#[derive(Debug)]
+pub(super) struct Ids {
+    keys: VecDeque<[u64; 2]>,
+    seconds: VecDeque<u32>,
+    /// Numbers (modulo 2^32) of keys in the ring.
+    table: HashTable<u32>,
+    /// Number of the oldest key in the ring.
+    first: u64,
+    max: usize,
+    window_s: u64,
+}
+
+fn halves(key: EventKey) -> [u64; 2] {
+    [key as u64, (key >> 64) as u64]
+}
+
+impl Ids {
+    pub(super) fn new(max: usize, window_s: u64) -> Ids {
+        Ids { keys: VecDeque::new(), seconds: VecDeque::new(), table: HashTable::new(), first: 0, max, window_s }
+    }
+
+    /// Begins at a number, for a ring that is loaded.
+    pub(super) fn start_at(&mut self, number: u64) {
+        self.first = number;
+    }
+
+    /// Number of the next key.
+    pub(super) fn next_number(&self) -> u64 {
+        self.first + self.keys.len() as u64
+    }
+
+    /// Adds a key; the oldest makes room.
+    pub(super) fn push(&mut self, key: EventKey, second: u32) {
+        self.expire(u64::from(second));
+        while self.keys.len() >= self.max.max(1) {
+            self.pop_front();
+        }
+        let number = self.next_number() as u32;
+        let key = halves(key);
+        self.keys.push_back(key);
+        self.seconds.push_back(second);
+        let (keys, first) = (&self.keys, self.first as u32);
+        self.table.insert_unique(key[0], number, |number| at(keys, first, *number)[0]);
+    }
+
+    /// Takes back the last key, of a request that could not be stored.
+    pub(super) fn pop_back(&mut self) {
+        let Some(key) = self.keys.back().copied() else { return };
+        self.forget(key, (self.next_number() - 1) as u32);
+        self.keys.pop_back();
+        self.seconds.pop_back();
+    }
+
+    pub(super) fn contains(&self, key: EventKey) -> bool {
+        let key = halves(key);
+        self.table.find(key[0], |number| at(&self.keys, self.first as u32, *number) == key).is_some()
+    }
+
+    /// Drops what is older than the window.
+    pub(super) fn expire(&mut self, now_s: u64) {
+        while self.seconds.front().is_some_and(|second| now_s.saturating_sub(u64::from(*second)) > self.window_s) {
+            self.pop_front();
+        }
+    }
+
+    fn pop_front(&mut self) {
+        let Some(key) = self.keys.front().copied() else { return };
+        self.forget(key, self.first as u32);
+        self.keys.pop_front();
+        self.seconds.pop_front();
+        self.first += 1;
+    }
+
+    fn forget(&mut self, key: [u64; 2], number: u32) {
+        if let Ok(entry) = self.table.find_entry(key[0], |other| *other == number) {
+            entry.remove();
+        }
+    }
+}
+
+fn at(keys: &VecDeque<[u64; 2]>, first: u32, number: u32) -> [u64; 2] {
+    keys.get(number.wrapping_sub(first) as usize).copied().unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_ring_is_bounded_in_number_and_age_and_can_take_back() {
+        let mut ids = Ids::new(3, 10);
+        ids.start_at(u64::from(u32::MAX) - 1);
+        for n in 0..5u128 {
+            ids.push(n << 64 | n, 100);
+        }
+        let held: Vec<u128> = (0..6).filter(|n| ids.contains(n << 64 | n)).collect();
+        assert_eq!(held, [2, 3, 4]);
+        ids.pop_back();
+        assert!(!ids.contains(4 << 64 | 4) && ids.contains(3 << 64 | 3));
+        ids.push(9, 111);
+        assert!(ids.contains(9) && !ids.contains(3 << 64 | 3), "older than the window");
+        assert_eq!(ids.next_number(), u64::from(u32::MAX) - 1 + 5);
+    }
+
+    #[test]
+    fn it_agrees_with_a_plain_list() {
+        let mut rng = fastrand::Rng::with_seed(5);
+        let mut ids = Ids::new(50, 1_000);
+        let mut model: VecDeque<u128> = VecDeque::new();
+        for _ in 0..5_000 {
+            let key = u128::from(rng.u64(0..200));
+            if rng.u8(0..5) == 0 && !model.is_empty() {
+                ids.pop_back();
+                model.pop_back();
+            } else if !model.contains(&key) {
+                ids.push(key, 1);
+                model.push_back(key);
+                if model.len() > 50 {
+                    model.pop_front();
+                }
+            }
+            for key in 0..200 {
+                assert_eq!(ids.contains(key), model.contains(&key));
+            }
+        }
+    }
+}

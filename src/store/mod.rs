@@ -1,0 +1,743 @@
+//! The outbox on disk: what makes the promise true.
+//!
+//! The **journal** makes a 202 durable and holds the payloads; **sled** is the queue's index and state on disk, rebuildable
+//! and never in the way of a 202; what the schedule works on is in memory ([`crate::domain::backlog`]).
+//!
+//! ```text
+//! data_dir/journal/N.log      append-only segments: accepted events and every change
+//! data_dir/queue/             sled: index, customers, names, idempotency keys, retry state
+//! data_dir/state-N.log        customers and names, which the queue would lose with sled
+//! data_dir/dead/N.log         dead letters with their payload
+//! data_dir/checkpoint         which events wait, and from where the journal is to be replayed
+//! data_dir/lock, reserve
+//! ```
+//!
+//! Three threads: one writes and syncs the journal, one keeps everything else in step with it (`keeper`), and the caller
+//! of [`Store::post`] waits. This folder is the only one that names sled or opens a data file; its API is synchronous
+//! where it is fast and a future where it waits for the disk.
+
+mod admission;
+mod checkpoint;
+mod codec;
+mod compact;
+mod dead_letters;
+mod ids;
+mod journal;
+mod keeper;
+#[cfg(test)]
+mod model;
+mod queue;
+mod recover;
+mod segment;
+mod state;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::{mpsc, oneshot, watch};
+
+pub use self::admission::{Post, Posted, Refusal, Rules, WithdrawCustomer};
+use self::admission::{Admission, Request, Step, Ticket};
+pub use self::codec::{Accepted, Ending};
+use self::codec::{Dead, DeferredRecord, Record, Settled};
+use self::dead_letters::DeadLetters;
+pub use self::journal::Appended;
+use self::journal::{SegmentFile, Writer};
+pub use self::queue::is_guarded;
+use self::queue::{Queue, QueueError};
+pub use self::recover::OpenError;
+use self::segment::Frame;
+use self::state::StateKey;
+use crate::domain::backlog::{GroupMark, SLOTS_MAX};
+use crate::domain::customer::{Customer, Hearing, NameKind};
+use crate::domain::endpoint::{EndpointName, Plugin};
+use crate::domain::keys::{HashKey, LaneKey};
+use crate::domain::outcome::DeathReason;
+use crate::domain::schedule::Retry;
+use crate::metrics::StoreMetrics;
+
+/// How the store is to be.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The data directory; created if it is not there.
+    pub dir: PathBuf,
+    /// Size at which a segment is complete, bytes.
+    pub segment_bytes: u32,
+    /// Free space below which events are refused, bytes (`outbox.min_free_disk`).
+    pub free_min: u64,
+    /// Longest time between checkpoints while there is work.
+    pub checkpoint_every: Duration,
+    /// What the gate goes by.
+    pub rules: Rules,
+    /// `dead_letters.keep`, seconds.
+    pub dead_keep_s: u64,
+    /// `dead_letters.max` of an endpoint; 0: no limit.
+    pub dead_max: u64,
+}
+
+/// A complete segment's size unless told otherwise.
+pub const SEGMENT_BYTES: u32 = 64 << 20;
+
+/// A place in the journal.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Position {
+    segment: u64,
+    offset: u32,
+}
+
+/// What the store tells the relay, in the order of the journal.
+#[derive(Debug)]
+pub enum Notice {
+    /// A segment was begun: events will come in this slot.
+    SegmentBegun {
+        /// Its slot.
+        slot: u16,
+        /// Its number.
+        segment: u64,
+    },
+    /// These are durable now.
+    Durable {
+        /// Events, and withdrawals between them.
+        items: Vec<Item>,
+        /// Up to here.
+        end: Position,
+    },
+    /// The state of what waits is wanted, as of the last `Durable`.
+    Snapshot(std::sync::mpsc::Sender<Snapshot>),
+    /// The segment in this slot has been removed, nothing of it waiting.
+    SegmentRemoved(u16),
+    /// The segment in one slot has been rewritten into another, with only the events that waited.
+    SegmentCompacted(Compacted),
+}
+
+/// One thing that became durable.
+#[derive(Debug)]
+pub enum Item {
+    /// An event.
+    Appended(Appended),
+    /// A customer was toggled off or forgotten: what waits is to be withdrawn.
+    Withdraw(WithdrawCustomer),
+}
+
+/// What waits, at a place of the journal.
+#[derive(Debug)]
+pub struct Snapshot {
+    /// Everything before this is in `marks`.
+    pub position: Position,
+    /// Every segment.
+    pub marks: Vec<GroupMark>,
+}
+
+/// A segment that was rewritten.
+#[derive(Debug)]
+pub struct Compacted {
+    /// Its number.
+    pub segment: u64,
+    /// Where it was.
+    pub old_slot: u16,
+    /// Where it is.
+    pub new_slot: u16,
+    /// The events that it still holds: sequence number, offset, record length, lane, second of acceptance.
+    pub events: Vec<(u64, u32, u32, LaneKey, u32)>,
+    /// Answered when the old slot is used no more.
+    pub done: std::sync::mpsc::Sender<()>,
+}
+
+/// What the relay reports, to be recorded.
+#[derive(Debug)]
+pub enum Note {
+    /// Events that have ended.
+    Settled {
+        /// Their lane.
+        lane: LaneKey,
+        /// How.
+        ending: Ending,
+        /// Whether an earlier `Deferred` of the lane is over.
+        retry_is_over: bool,
+        /// Their sequence numbers.
+        seqs: Vec<u64>,
+    },
+    /// What the head of a lane waits with.
+    Deferred {
+        /// The lane.
+        lane: LaneKey,
+        /// Sequence number of its first event.
+        head: u64,
+        /// Its state.
+        retry: Retry,
+        /// When it is due, Unix milliseconds.
+        due_ms: u64,
+    },
+}
+
+/// A stored event, read back.
+#[derive(Debug)]
+pub struct Stored {
+    frame: Frame,
+}
+
+impl Stored {
+    /// Its sequence number.
+    #[must_use]
+    pub fn seq(&self) -> u64 {
+        self.frame.header.seq
+    }
+
+    /// The event; `None` for any other record.
+    #[must_use]
+    pub fn event(&self) -> Option<Accepted<'_>> {
+        match Record::decode(self.frame.body())? {
+            Record::Accepted(event) => Some(event),
+            Record::Opened(_)
+            | Record::Settled(_)
+            | Record::Deferred(_)
+            | Record::State(_)
+            | Record::Sealed { .. }
+            | Record::Dead(_) => None,
+        }
+    }
+}
+
+/// A letter to be buried.
+#[derive(Debug)]
+pub struct Letter {
+    /// The event's sequence number.
+    pub seq: u64,
+    /// Its endpoint.
+    pub endpoint: EndpointName,
+    /// The event; `None` when its record does not read back.
+    pub stored: Option<Stored>,
+}
+
+/// Which events are being read: a slot, kept open while it is read.
+#[derive(Clone, Debug)]
+pub struct Reader {
+    segment: SegmentFile,
+}
+
+impl Reader {
+    /// Reads the event at an offset; `None` when it is damaged.
+    ///
+    /// # Errors
+    /// The file cannot be read just now.
+    pub fn read(&self, offset: u32) -> io::Result<Option<Stored>> {
+        Ok(segment::read_frame(&self.segment.file, self.segment.number, offset)?.map(|frame| Stored { frame }))
+    }
+}
+
+/// The segments there are.
+#[derive(Debug, Default)]
+pub(crate) struct Segments {
+    by_slot: Vec<Option<SegmentFile>>,
+    slots: BTreeMap<u64, u16>,
+    /// Where complete segments end.
+    ends: BTreeMap<u64, u32>,
+}
+
+impl Segments {
+    fn free_slot(&self) -> Option<u16> {
+        let free = self.by_slot.iter().position(Option::is_none).unwrap_or(self.by_slot.len());
+        // The last slot stays unused: its last place would be `Handle::NONE`.
+        (free < SLOTS_MAX - 1).then_some(free as u16)
+    }
+
+    fn add(&mut self, slot: u16, file: SegmentFile) {
+        self.slots.insert(file.number, slot);
+        let slot = usize::from(slot);
+        if self.by_slot.len() <= slot {
+            self.by_slot.resize_with(slot + 1, || None);
+        }
+        if let Some(place) = self.by_slot.get_mut(slot) {
+            *place = Some(file);
+        }
+    }
+
+    fn free(&mut self, slot: u16) {
+        if let Some(place) = self.by_slot.get_mut(usize::from(slot)) {
+            *place = None;
+        }
+    }
+
+    fn remove(&mut self, number: u64) -> Option<u16> {
+        let slot = self.slots.remove(&number)?;
+        self.ends.remove(&number);
+        self.free(slot);
+        Some(slot)
+    }
+
+    fn by_number(&self, number: u64) -> Option<&SegmentFile> {
+        self.by_slot.get(usize::from(*self.slots.get(&number)?))?.as_ref()
+    }
+
+    fn next_number(&self, number: u64) -> Option<u64> {
+        self.slots.range(number + 1..).next().map(|(number, _)| *number)
+    }
+}
+
+/// What the threads of the store share.
+#[derive(Debug)]
+struct Inner {
+    settings: Settings,
+    identity: [u8; 32],
+    admission: Mutex<Admission>,
+    work: Condvar,
+    writer: Mutex<Writer>,
+    segments: RwLock<Segments>,
+    durable: Mutex<Position>,
+    durable_moved: Condvar,
+    queue: RwLock<Option<Arc<Queue>>>,
+    dead: Mutex<DeadLetters>,
+    notices: mpsc::Sender<Notice>,
+    /// Moves whenever a group is durable or has failed.
+    fates: watch::Sender<()>,
+    metrics: StoreMetrics,
+    is_ending: AtomicBool,
+    free_bytes: AtomicU64,
+    _lock: std::fs::File,
+}
+
+impl std::fmt::Debug for Queue {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Queue")
+    }
+}
+
+/// Locks, also after a panic elsewhere: what is in there is kept consistent by its own methods.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The store, shared by all who use it.
+#[derive(Clone, Debug)]
+pub struct Store {
+    inner: Arc<Inner>,
+}
+
+/// The store's threads, to be joined at the end.
+#[derive(Debug)]
+pub struct Threads {
+    threads: Vec<JoinHandle<()>>,
+}
+
+/// How often rows are fetched for a request before it is given up: each time something else changed meanwhile.
+const FETCHES_MAX: usize = 100;
+
+impl Store {
+    /// The secret that names are hashed with.
+    #[must_use]
+    pub fn hashing(&self) -> HashKey {
+        self.inner.hashing()
+    }
+
+    /// Judges events and stores those that are to be pushed. When this returns, they are on stable storage.
+    ///
+    /// # Errors
+    /// The whole is refused: nothing was stored.
+    pub async fn post(&self, mut posts: Vec<Post<'_>>, now_ms: u64) -> Result<Vec<Posted>, Refusal> {
+        let judged = self.decided(|admission| admission.post(&mut posts, now_ms))?;
+        self.wait(judged.ticket).await?;
+        for key in judged.fate_of {
+            let mut fates = self.inner.fates.subscribe();
+            loop {
+                if let Some(fate) = lock(&self.inner.admission).fate(key) {
+                    break fate?;
+                }
+                fates.changed().await.map_err(|_| Refusal::Stopping)?;
+            }
+        }
+        Ok(judged.posted)
+    }
+
+    /// Records what is said of a customer. With `withdraws`, a switch that is off afterwards withdraws what waits, and
+    /// this returns when that is done and durable. `None`: there is no such customer and there must be.
+    ///
+    /// # Errors
+    /// Nothing was stored.
+    pub async fn change_customer(
+        &self,
+        plugin: Plugin,
+        web_token: &str,
+        hearing: &Hearing,
+        must_exist: bool,
+        now_s: u64,
+    ) -> Result<Option<Customer>, Refusal> {
+        let mut withdrawn = None;
+        let decided = self.decided(|admission| {
+            let (done, receiver) = oneshot::channel();
+            withdrawn = Some(receiver);
+            let withdraws = hearing.toggle.is_some().then_some(done);
+            admission.change(plugin, web_token, hearing, must_exist, now_s, withdraws)
+        })?;
+        let Some((customer, ticket)) = decided else { return Ok(None) };
+        self.wait(ticket).await?;
+        if let Some(withdrawn) = withdrawn.filter(|_| hearing.toggle == Some(crate::domain::customer::Toggle::Off)) {
+            withdrawn.await.map_err(|_| Refusal::DiskLow)?;
+        }
+        Ok(Some(customer))
+    }
+
+    /// Forgets a customer, at one plugin or at all. Answers at how many plugins it was known, and how many events were
+    /// withdrawn; when this returns, that is durable.
+    ///
+    /// # Errors
+    /// Nothing was forgotten.
+    pub async fn forget(&self, plugin: Option<Plugin>, web_token: &str, now_s: u64) -> Result<(u64, u64), Refusal> {
+        let mut plugins = match plugin {
+            Some(plugin) => vec![plugin],
+            None => {
+                let mut plugins = lock(&self.inner.admission).cache.customers_of(web_token);
+                let queue = self.inner.queue().ok_or(Refusal::DiskLow)?;
+                let known = state::plugins_of(&queue, &self.hashing(), web_token);
+                plugins.extend(known.map_err(|error| self.inner.queue_failed("read", &error))?);
+                plugins
+            }
+        };
+        plugins.sort_unstable();
+        plugins.dedup();
+        let mut known = Vec::new();
+        for plugin in plugins {
+            if self.customer(plugin, web_token, now_s)?.is_some() {
+                known.push(plugin);
+            }
+        }
+        if known.is_empty() {
+            return Ok((0, 0));
+        }
+        let mut receivers = Vec::new();
+        let ticket = self.decided(|admission| {
+            receivers.clear();
+            admission.forget(&known, web_token, || {
+                let (done, receiver) = oneshot::channel();
+                receivers.push(receiver);
+                done
+            })
+        })?;
+        self.wait(ticket).await?;
+        let mut withdrawn = 0;
+        for receiver in receivers {
+            withdrawn += receiver.await.map_err(|_| Refusal::DiskLow)?;
+        }
+        Ok((known.len() as u64, withdrawn))
+    }
+
+    /// A customer as remembered.
+    ///
+    /// # Errors
+    /// It cannot be read just now.
+    pub fn customer(&self, plugin: Plugin, web_token: &str, now_s: u64) -> Result<Option<Customer>, Refusal> {
+        let key = StateKey::Customer(plugin, web_token.to_owned());
+        self.decided(|admission| {
+            Ok(match admission.cache.get(&key) {
+                None => Step::Missing { keys: vec![key.clone()], turns: admission.cache.turns() },
+                Some(_) => Step::Done(admission.known(plugin, web_token, now_s)),
+            })
+        })
+    }
+
+    /// The customer that another name means.
+    ///
+    /// # Errors
+    /// It cannot be read just now.
+    pub fn customer_named(&self, kind: NameKind, plugin: Plugin, name: &str) -> Result<Option<String>, Refusal> {
+        let key = StateKey::Name(kind, plugin, name.to_owned());
+        self.decided(|admission| {
+            Ok(match admission.cache.get(&key) {
+                None => Step::Missing { keys: vec![key.clone()], turns: admission.cache.turns() },
+                Some(state::StateValue::Name(web_token)) => Step::Done(web_token.clone()),
+                Some(state::StateValue::Customer(_)) => Step::Done(None),
+            })
+        })
+    }
+
+    /// Who reads the events of a slot; `None` when there is no such segment any more.
+    #[must_use]
+    pub fn reader(&self, slot: u16) -> Option<Reader> {
+        let segments = self.inner.segments.read().unwrap_or_else(PoisonError::into_inner);
+        segments.by_slot.get(usize::from(slot))?.clone().map(|segment| Reader { segment })
+    }
+
+    /// Writes what the relay reports behind what is there, without waiting for the disk. What cannot be written now is
+    /// written with the next records; a crash before that repeats pushes, and loses nothing.
+    pub fn note(&self, notes: Vec<Note>) {
+        let bodies = notes.into_iter().map(|note| note.into_record().encode()).collect();
+        self.inner.note(bodies);
+    }
+
+    /// Uncounts events that have ended.
+    pub fn uncount(&self, endpoint: EndpointName, events: u64) {
+        lock(&self.inner.admission).uncount(endpoint, events);
+    }
+
+    /// Waits until all that was noted before is on stable storage.
+    ///
+    /// # Errors
+    /// It is not.
+    pub fn sync(&self) -> impl Future<Output = Result<(), Refusal>> + Send + use<> {
+        let receiver = lock(&self.inner.admission).stage_sync();
+        self.inner.work.notify_all();
+        async move { receiver.await.unwrap_or(Err(Refusal::Stopping)) }
+    }
+
+    /// Writes dead letters and puts them on stable storage. Blocks.
+    ///
+    /// # Errors
+    /// They are not buried.
+    pub fn bury(&self, letters: &[Letter], reason: DeathReason, attempts: u32, now_ms: u64) -> io::Result<()> {
+        let dead: Vec<Dead<'_>> = letters
+            .iter()
+            .map(|letter| Dead {
+                seq: letter.seq,
+                reason,
+                buried_ms: now_ms,
+                attempts,
+                event: letter.stored.as_ref().and_then(Stored::event),
+                endpoint: letter.endpoint,
+            })
+            .collect();
+        let result = lock(&self.inner.dead).bury(&dead, now_ms);
+        result.inspect_err(|error| self.inner.failed("bury", error))
+    }
+
+    /// Dead letters that are kept, by endpoint.
+    #[must_use]
+    pub fn dead_letters(&self) -> Vec<(EndpointName, u64)> {
+        let counts = lock(&self.inner.dead).counts();
+        counts.into_iter().map(|(endpoint, count)| (EndpointName::from_number(endpoint), count)).collect()
+    }
+
+    /// Events that wait or are being stored.
+    #[must_use]
+    pub fn waiting(&self) -> u64 {
+        lock(&self.inner.admission).waiting()
+    }
+
+    /// Free space of the data directory's file system, bytes, as of the last second.
+    #[must_use]
+    pub fn free_bytes(&self) -> u64 {
+        self.inner.free_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Whether events are refused for want of space.
+    #[must_use]
+    pub fn is_disk_low(&self) -> bool {
+        lock(&self.inner.admission).is_disk_low
+    }
+
+    /// Bytes of the data directory's files.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        recover::bytes_below(&self.inner.settings.dir)
+    }
+
+    /// Refuses everything new from now on.
+    pub fn close(&self) {
+        lock(&self.inner.admission).is_stopping = true;
+    }
+
+    /// Counts a record that did not read back.
+    pub fn damaged(&self, what: &'static str) {
+        self.inner.metrics.damage.with_label_values(&[what]).inc();
+    }
+
+    /// Writes what is pending, takes a last checkpoint, and ends the threads. Blocks; the relay must still answer
+    /// notices.
+    pub fn end(&self, threads: Threads) {
+        self.close();
+        self.inner.is_ending.store(true, Ordering::SeqCst);
+        self.inner.work.notify_all();
+        self.inner.durable_moved.notify_all();
+        for thread in threads.threads {
+            if thread.join().is_err() {
+                tracing::error!("a thread of the store had panicked");
+            }
+        }
+    }
+
+    /// Repeats a decision until the rows that it needs are at hand.
+    fn decided<T>(&self, mut decide: impl FnMut(&mut Admission) -> Result<Step<T>, Refusal>) -> Result<T, Refusal> {
+        for _ in 0..FETCHES_MAX {
+            let step = decide(&mut lock(&self.inner.admission))?;
+            let (keys, turns) = match step {
+                Step::Done(done) => {
+                    self.inner.work.notify_all();
+                    return Ok(done);
+                }
+                Step::Missing { keys, turns } => (keys, turns),
+            };
+            let queue = self.inner.queue().ok_or(Refusal::DiskLow)?;
+            let hashing = self.hashing();
+            let mut values = Vec::with_capacity(keys.len());
+            for key in keys {
+                let value = state::read(&queue, &hashing, &key)
+                    .map_err(|error| self.inner.queue_failed("read", &error))?;
+                values.push((key, value));
+            }
+            let mut admission = lock(&self.inner.admission);
+            if admission.cache.turns() == turns {
+                for (key, value) in values {
+                    admission.cache.fill(key, value);
+                }
+            }
+        }
+        Err(Refusal::DiskLow)
+    }
+
+    async fn wait(&self, ticket: Option<Ticket>) -> Result<(), Refusal> {
+        match ticket {
+            None => Ok(()),
+            Some(ticket) => ticket.done.await.unwrap_or(Err(Refusal::Stopping)),
+        }
+    }
+}
+
+impl Note {
+    fn into_record(self) -> Record<'static> {
+        match self {
+            Note::Settled { lane, ending, retry_is_over, seqs } => {
+                Record::Settled(Settled { lane, ending, retry_is_over, seqs })
+            }
+            Note::Deferred { lane, head, retry, due_ms } => {
+                Record::Deferred(DeferredRecord { lane, head, retry, due_ms })
+            }
+        }
+    }
+}
+
+/// Encodes an event's record.
+#[must_use]
+pub fn encode_event(event: Accepted<'_>) -> Vec<u8> {
+    Record::Accepted(event).encode()
+}
+
+impl Inner {
+    fn hashing(&self) -> HashKey {
+        let mut key = [0; 16];
+        for (place, byte) in key.iter_mut().zip(self.identity) {
+            *place = byte;
+        }
+        HashKey(key)
+    }
+
+    fn queue(&self) -> Option<Arc<Queue>> {
+        self.queue.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn failed(&self, op: &'static str, error: &dyn std::fmt::Display) {
+        self.metrics.errors.with_label_values(&[op]).inc();
+        tracing::error!(op, %error, "the store failed");
+    }
+
+    fn queue_failed(&self, op: &'static str, error: &QueueError) -> Refusal {
+        self.failed(op, error);
+        Refusal::DiskLow
+    }
+
+    fn note(&self, bodies: Vec<Vec<u8>>) {
+        let mut writer = lock(&self.writer);
+        if let Err(error) = writer.note(bodies) {
+            // Room for just this is held ready.
+            recover::release_reserve(&self.settings.dir);
+            if let Err(error) = writer.note(Vec::new()) {
+                self.failed("append", &error);
+            }
+            self.failed("append", &error);
+        }
+    }
+
+    /// The journal's thread: writes and syncs groups of requests until the end.
+    fn write_groups(&self) {
+        loop {
+            let requests = {
+                let mut admission = lock(&self.admission);
+                while admission.pending.is_empty() && !self.is_ending.load(Ordering::SeqCst) {
+                    admission = self.work.wait(admission).unwrap_or_else(PoisonError::into_inner);
+                }
+                std::mem::take(&mut admission.pending)
+            };
+            if requests.is_empty() {
+                break;
+            }
+            match self.write_durably(&requests) {
+                Ok(written) => self.publish(requests, written),
+                Err(error) => {
+                    self.failed("append", &error);
+                    lock(&self.admission).fail(requests, Refusal::DiskLow);
+                    self.fates.send_replace(());
+                }
+            }
+        }
+    }
+
+    /// Writes a group and syncs it. After a failed sync the group is written again, once, into a new segment: pages of the
+    /// old one may be marked clean without being on disk.
+    fn write_durably(&self, requests: &[Request]) -> io::Result<journal::Written> {
+        for is_last in [false, true] {
+            let (begun, written) = {
+                let mut writer = lock(&self.writer);
+                let events = requests.iter().map(|request| request.staged.len()).sum();
+                let begun = if writer.wants_roll(events) { Some(self.roll(&mut writer)?) } else { None };
+                (begun, writer.write_group(requests))
+            };
+            // With the lock released: the relay may be waiting for it while its channel is full.
+            if let Some(begun) = begun {
+                let notice = Notice::SegmentBegun { slot: begun.slot, segment: begun.segment };
+                drop(self.notices.blocking_send(notice));
+            }
+            let written = written?;
+            let timer = self.metrics.sync_seconds.start_timer();
+            let synced = written.sync();
+            timer.observe_duration();
+            let mut writer = lock(&self.writer);
+            match synced {
+                Ok(()) => {
+                    writer.synced(&written);
+                    return Ok(written);
+                }
+                Err(error) => {
+                    self.failed("sync", &error);
+                    writer.abandon(&written);
+                    if is_last {
+                        return Err(error);
+                    }
+                }
+            }
+        }
+        Err(io::ErrorKind::Other.into())
+    }
+
+    fn roll(&self, writer: &mut Writer) -> io::Result<journal::Begun> {
+        let mut segments = self.segments.write().unwrap_or_else(PoisonError::into_inner);
+        let begun = writer.roll(&mut segments)?;
+        if let Some((number, end)) = writer.previous() {
+            segments.ends.insert(number, end);
+        }
+        tracing::debug!(segment = begun.segment, "began a segment");
+        Ok(begun)
+    }
+
+    fn publish(&self, requests: Vec<Request>, written: journal::Written) {
+        lock(&self.admission).durable(&requests, written.end);
+        *lock(&self.durable) = written.end;
+        self.durable_moved.notify_all();
+        self.fates.send_replace(());
+        let mut items = Vec::new();
+        let mut answers = Vec::with_capacity(requests.len());
+        for (request, events) in requests.into_iter().zip(written.events) {
+            items.extend(events.into_iter().map(Item::Appended));
+            items.extend(request.withdraw.into_iter().map(Item::Withdraw));
+            answers.push(request.done);
+        }
+        // The relay has ended: what it was not told is found at the next start.
+        drop(self.notices.blocking_send(Notice::Durable { items, end: written.end }));
+        for answer in answers {
+            // The caller may have gone.
+            drop(answer.send(Ok(())));
+        }
+    }
+}

@@ -1,0 +1,408 @@
+//! sled: the queue's index and state on disk. Rebuildable, and never in the way of a 202.
+//!
+//! Only the applier writes here, single idempotent inserts of at most [`ROW_MAX`] bytes, the position row last.
+//! `apply_batch`, `transaction`, `flush_async` and sled's flush timer are not used: they stall readers, deadlock or end
+//! silently. sled's `flush` does not sync the file (0.34.7 uses `sync_file_range`), so [`Queue::flush`] does; rows stay
+//! small because sled puts large ones into files that nobody syncs.
+//!
+//! | key | row |
+//! | --- | --- |
+//! | `p` | up to where the journal is applied |
+//! | `i` segment block | lane, offset and time of up to [`BLOCK_EVENTS`] events |
+//! | `c` bucket page | customers |
+//! | `n` bucket page | other names of customers |
+//! | `d` row | idempotency keys |
+//! | `r` lane | what the head of a lane waits with |
+
+use std::any::Any;
+use std::cell::Cell;
+use std::fs::File;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::sync::mpsc;
+use std::time::Duration;
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+/// Largest row, in bytes.
+const ROW_MAX: usize = 4_096;
+/// Bytes of entries that a bucket's page is filled with before the next is begun.
+const PAGE_FILL: usize = 3_500;
+/// Events of an index row.
+pub(super) const BLOCK_EVENTS: usize = 128;
+/// Idempotency keys of a row.
+pub(super) const ID_ROW: usize = 128;
+/// sled's page cache. Rows are read at start and when a customer is not in our own cache.
+const CACHE_BYTES: u64 = 8 << 20;
+/// How long opening may take before it counts as hung.
+const OPEN_LIMIT: Duration = Duration::from_secs(120);
+/// How often opening is tried while the last process's lock is still going away.
+const OPEN_TRIES: u32 = 20;
+
+/// What can be wrong with sled.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum QueueError {
+    /// An error of sled's own. The rows are as they were, as far as sled knows.
+    #[error("sled: {0}")]
+    Sled(#[from] sled::Error),
+    /// sled panicked: its memory is not to be trusted any more.
+    #[error("sled panicked: {0}")]
+    Panicked(String),
+    /// Opening hung.
+    #[error("sled did not open within {} s", OPEN_LIMIT.as_secs())]
+    Hung,
+    /// A row does not read back.
+    #[error("a row of sled's is damaged: {0}")]
+    Damaged(&'static str),
+    /// Syncing sled's file failed.
+    #[error("syncing sled's file: {0}")]
+    Sync(#[from] std::io::Error),
+}
+
+thread_local! {
+    static GUARDED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether a panic on this thread will be caught here, so that it need not end the process.
+#[must_use]
+pub fn is_guarded() -> bool {
+    GUARDED.get()
+}
+
+fn guarded<T>(call: impl FnOnce() -> Result<T, QueueError>) -> Result<T, QueueError> {
+    let before = GUARDED.replace(true);
+    let result = catch_unwind(AssertUnwindSafe(call));
+    GUARDED.set(before);
+    result.unwrap_or_else(|panic| Err(QueueError::Panicked(text_of(panic.as_ref()))))
+}
+
+fn text_of(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref().copied());
+    text.unwrap_or("without a word").to_owned()
+}
+
+/// The open queue directory.
+pub(super) struct Queue {
+    db: sled::Db,
+    file: File,
+}
+
+/// Up to where the journal is applied.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct PositionRow {
+    pub segment: u64,
+    pub offset: u32,
+    /// The state log that goes with it, and its length then.
+    pub state_log: u64,
+    pub state_len: u64,
+    /// Number of the next idempotency key.
+    pub next_id: u64,
+    /// The index row that is being filled.
+    pub block: u32,
+}
+
+/// One event in an index row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct IndexEntry {
+    pub seq: u64,
+    pub lane: u64,
+    pub endpoint: u64,
+    pub offset: u32,
+    pub second: u32,
+    pub len: u32,
+}
+
+/// One idempotency key in its row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct IdEntry {
+    pub key: [u8; 16],
+    pub second: u32,
+}
+
+impl Queue {
+    /// Opens or creates the directory.
+    pub(super) fn open(dir: &Path) -> Result<Queue, QueueError> {
+        let (tell, told) = mpsc::channel();
+        let path = dir.to_owned();
+        // On a thread of its own: a damaged file can make sled hang.
+        std::thread::Builder::new().name("sled-open".into()).spawn(move || {
+            // Nobody listens any more when it hung and came back after all.
+            drop(tell.send(guarded(|| open_patiently(&path))));
+        })?;
+        let db = told.recv_timeout(OPEN_LIMIT).map_err(|_| QueueError::Hung)??;
+        let file = File::open(dir.join("db"))?;
+        Ok(Queue { db, file })
+    }
+
+    /// Makes all that was inserted durable.
+    pub(super) fn flush(&self) -> Result<(), QueueError> {
+        guarded(|| {
+            self.db.flush()?;
+            Ok(())
+        })?;
+        self.file.sync_all()?;
+        Ok(())
+    }
+
+    /// Bytes on disk.
+    pub(super) fn bytes(&self) -> u64 {
+        self.file.metadata().map_or(0, |metadata| metadata.len())
+    }
+
+    fn get_row<T: DeserializeOwned>(&self, key: &[u8], what: &'static str) -> Result<Option<T>, QueueError> {
+        guarded(|| match self.db.get(key)? {
+            None => Ok(None),
+            Some(row) => postcard::from_bytes(&row).map(Some).map_err(|_| QueueError::Damaged(what)),
+        })
+    }
+
+    fn put_row<T: Serialize>(&self, key: &[u8], value: &T) -> Result<(), QueueError> {
+        let row = postcard::to_stdvec(value).map_err(|_| QueueError::Damaged("unwritable row"))?;
+        debug_assert!(row.len() <= ROW_MAX, "a row of {} bytes", row.len());
+        guarded(|| {
+            self.db.insert(key, row)?;
+            Ok(())
+        })
+    }
+
+    fn remove_row(&self, key: &[u8]) -> Result<(), QueueError> {
+        guarded(|| {
+            self.db.remove(key)?;
+            Ok(())
+        })
+    }
+
+    pub(super) fn position(&self) -> Result<Option<PositionRow>, QueueError> {
+        self.get_row(b"p", "position")
+    }
+
+    pub(super) fn put_position(&self, row: &PositionRow) -> Result<(), QueueError> {
+        self.put_row(b"p", row)
+    }
+
+    pub(super) fn block(&self, segment: u64, block: u32) -> Result<Option<Vec<IndexEntry>>, QueueError> {
+        let packed: Option<Vec<u8>> = self.get_row(&block_key(segment, block), "index")?;
+        packed.map(|packed| unpack(&packed).ok_or(QueueError::Damaged("index"))).transpose()
+    }
+
+    pub(super) fn put_block(&self, segment: u64, block: u32, entries: &[IndexEntry]) -> Result<(), QueueError> {
+        self.put_row(&block_key(segment, block), &pack(entries))
+    }
+
+    /// Drops a segment's index rows.
+    pub(super) fn remove_blocks(&self, segment: u64) -> Result<(), QueueError> {
+        for block in 0.. {
+            let key = block_key(segment, block);
+            let had = guarded(|| Ok(self.db.remove(key)?))?;
+            if had.is_none() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn ids(&self, row: u64) -> Result<Option<Vec<IdEntry>>, QueueError> {
+        self.get_row(&numbered(b'd', row), "idempotency keys")
+    }
+
+    pub(super) fn put_ids(&self, row: u64, entries: &[IdEntry]) -> Result<(), QueueError> {
+        self.put_row(&numbered(b'd', row), &entries)
+    }
+
+    pub(super) fn remove_ids(&self, row: u64) -> Result<(), QueueError> {
+        self.remove_row(&numbered(b'd', row))
+    }
+
+    pub(super) fn put_retry<T: Serialize>(&self, lane: u64, retry: &T) -> Result<(), QueueError> {
+        self.put_row(&numbered(b'r', lane), retry)
+    }
+
+    pub(super) fn remove_retry(&self, lane: u64) -> Result<(), QueueError> {
+        self.remove_row(&numbered(b'r', lane))
+    }
+
+    /// Every lane that waits after a failure. At start only.
+    pub(super) fn retries<T: DeserializeOwned>(&self) -> Result<Vec<T>, QueueError> {
+        guarded(|| {
+            let mut all = Vec::new();
+            for row in self.db.scan_prefix(b"r") {
+                let (_, value) = row?;
+                all.push(postcard::from_bytes(&value).map_err(|_| QueueError::Damaged("retry"))?);
+            }
+            Ok(all)
+        })
+    }
+
+    /// All entries of a bucket, over its pages.
+    pub(super) fn bucket<T: DeserializeOwned>(&self, kind: u8, bucket: u16) -> Result<Vec<T>, QueueError> {
+        let mut all = Vec::new();
+        for page in 0..=u8::MAX {
+            match self.get_row::<Vec<T>>(&page_key(kind, bucket, page), "bucket")? {
+                Some(entries) => all.extend(entries),
+                None => break,
+            }
+        }
+        Ok(all)
+    }
+
+    /// Writes a bucket, over as many pages as it needs. The pages are not written as one: what is replayed after a
+    /// crash writes all of them again.
+    pub(super) fn put_bucket<T: Serialize>(&self, kind: u8, bucket: u16, entries: &[T]) -> Result<(), QueueError> {
+        let mut pages: Vec<Vec<&T>> = Vec::new();
+        let mut filled = 0;
+        for entry in entries {
+            let len = postcard::to_stdvec(entry).map_or(0, |bytes| bytes.len());
+            match pages.last_mut() {
+                Some(page) if filled + len <= PAGE_FILL => page.push(entry),
+                _ => {
+                    pages.push(vec![entry]);
+                    filled = 0;
+                }
+            }
+            filled += len;
+        }
+        for (page, entries) in pages.iter().enumerate().take(usize::from(u8::MAX)) {
+            self.put_row(&page_key(kind, bucket, page as u8), entries)?;
+        }
+        for page in pages.len().min(usize::from(u8::MAX)) as u8..=u8::MAX {
+            let key = page_key(kind, bucket, page);
+            if guarded(|| Ok(self.db.remove(key)?))?.is_none() {
+                break;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn open_patiently(path: &Path) -> Result<sled::Db, QueueError> {
+    let mut tries = 0;
+    loop {
+        let config = sled::Config::new().path(path).cache_capacity(CACHE_BYTES).flush_every_ms(None);
+        match config.open() {
+            Err(sled::Error::Io(error)) if tries < OPEN_TRIES && is_locked(&error) => {
+                tries += 1;
+                std::thread::sleep(Duration::from_millis(100));
+            }
+            other => return Ok(other?),
+        }
+    }
+}
+
+/// sled reports its lock, still held by threads of a process that is going away, as an error of no kind.
+fn is_locked(error: &std::io::Error) -> bool {
+    matches!(error.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::Other)
+}
+
+fn numbered(kind: u8, number: u64) -> [u8; 9] {
+    let mut key = [kind; 9];
+    for (place, byte) in key.iter_mut().skip(1).zip(number.to_be_bytes()) {
+        *place = byte;
+    }
+    key
+}
+
+fn block_key(segment: u64, block: u32) -> Vec<u8> {
+    [numbered(b'i', segment).as_slice(), &block.to_be_bytes()].concat()
+}
+
+fn page_key(kind: u8, bucket: u16, page: u8) -> [u8; 4] {
+    let [high, low] = bucket.to_be_bytes();
+    [kind, high, low, page]
+}
+
+/// Index entries, each number as the difference to the entry before.
+fn pack(entries: &[IndexEntry]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(entries.len() * 20);
+    let mut last = IndexEntry { seq: 0, lane: 0, endpoint: 0, offset: 0, second: 0, len: 0 };
+    for entry in entries {
+        out.extend_from_slice(&entry.lane.to_le_bytes());
+        for number in [
+            entry.seq.wrapping_sub(last.seq),
+            entry.endpoint,
+            u64::from(entry.offset.wrapping_sub(last.offset)),
+            u64::from(entry.second.wrapping_sub(last.second)),
+            u64::from(entry.len),
+        ] {
+            push_varint(&mut out, number);
+        }
+        last = *entry;
+    }
+    out
+}
+
+fn unpack(bytes: &[u8]) -> Option<Vec<IndexEntry>> {
+    let mut rest = bytes;
+    let mut entries = Vec::with_capacity(BLOCK_EVENTS);
+    let mut last = IndexEntry { seq: 0, lane: 0, endpoint: 0, offset: 0, second: 0, len: 0 };
+    while !rest.is_empty() {
+        let (lane, after) = rest.split_at_checked(8)?;
+        rest = after;
+        let lane = u64::from_le_bytes(lane.try_into().ok()?);
+        let seq = last.seq.wrapping_add(take_varint(&mut rest)?);
+        let endpoint = take_varint(&mut rest)?;
+        let offset = last.offset.wrapping_add(u32::try_from(take_varint(&mut rest)?).ok()?);
+        let second = last.second.wrapping_add(u32::try_from(take_varint(&mut rest)?).ok()?);
+        let len = u32::try_from(take_varint(&mut rest)?).ok()?;
+        last = IndexEntry { seq, lane, endpoint, offset, second, len };
+        entries.push(last);
+    }
+    Some(entries)
+}
+
+fn push_varint(out: &mut Vec<u8>, mut number: u64) {
+    while number >= 0x80 {
+        out.push(number as u8 | 0x80);
+        number >>= 7;
+    }
+    out.push(number as u8);
+}
+
+fn take_varint(bytes: &mut &[u8]) -> Option<u64> {
+    let mut number = 0u64;
+    for shift in (0..64).step_by(7) {
+        let (byte, rest) = bytes.split_first()?;
+        *bytes = rest;
+        number |= u64::from(byte & 0x7f) << shift;
+        if byte & 0x80 == 0 {
+            return Some(number);
+        }
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn index_rows_read_back_and_stay_small_in_the_worst_case() {
+        let entries: Vec<IndexEntry> = (0..BLOCK_EVENTS as u64)
+            .map(|n| IndexEntry {
+                seq: n.wrapping_mul(0x9e37_79b9_7f4a_7c15),
+                lane: u64::MAX - n,
+                endpoint: u64::MAX >> 1,
+                offset: u32::MAX.wrapping_mul(n as u32),
+                second: u32::MAX / (n as u32 + 1),
+                len: 1 << 18,
+            })
+            .collect();
+        let packed = pack(&entries);
+        assert!(packed.len() + 3 <= ROW_MAX + BLOCK_EVENTS * 7, "{}", packed.len());
+        assert_eq!(unpack(&packed), Some(entries));
+        assert_eq!(unpack(&packed[..packed.len() - 1]), None);
+    }
+
+    #[test]
+    fn buckets_spill_over_to_further_pages_and_shrink_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let queue = Queue::open(dir.path()).unwrap();
+        let many: Vec<String> = (0..200).map(|n| format!("{n:0>100}")).collect();
+        queue.put_bucket(b'c', 7, &many).unwrap();
+        assert_eq!(queue.bucket::<String>(b'c', 7).unwrap(), many);
+        assert_eq!(queue.bucket::<String>(b'c', 8).unwrap(), Vec::<String>::new());
+        queue.put_bucket(b'c', 7, &many[..3]).unwrap();
+        assert_eq!(queue.bucket::<String>(b'c', 7).unwrap(), many[..3]);
+        queue.flush().unwrap();
+    }
+}

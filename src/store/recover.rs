@@ -1,0 +1,629 @@
+//! Opening a data directory: after a clean stop, a crash, a power cut, or damage.
+//!
+//! 1. The checkpoint says which segments there are and which of their events wait.
+//! 2. sled is opened; if it does not open, or is older than the checkpoint, it is set aside and built anew from the state
+//!    log and the journal.
+//! 3. The rest of the journal is applied to its rows, and replayed for what waits.
+//! 4. A new segment will be begun: no old one is ever appended to.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
+use std::time::Duration;
+
+use tokio::sync::{mpsc, watch};
+
+use super::admission::Admission;
+use super::checkpoint::{Checkpoint, Live};
+use super::codec::{Record, StateChange};
+use super::dead_letters::{DeadLetters, DeadMark};
+use super::ids::Ids;
+use super::journal::{SegmentFile, Writer};
+use super::keeper::{self, Applier, Keeper, RetryRow, StateLog};
+use super::queue::{BLOCK_EVENTS, ID_ROW, IndexEntry, PositionRow, Queue, QueueError};
+use super::segment::{self, Frame};
+use super::{Inner, Notice, Position, SEGMENT_BYTES, Segments, Settings, Store, Threads, state};
+use crate::clock;
+use crate::domain::backlog::{Handle, first_seq};
+use crate::domain::endpoint::EndpointName;
+use crate::domain::keys::{EventKey, HashKey, LaneKey};
+use crate::domain::schedule::Schedule;
+use crate::metrics::StoreMetrics;
+
+/// Room held ready for settlements when another program takes the last byte.
+const RESERVE_BYTES: u64 = 8 << 20;
+
+/// Why a data directory could not be opened. Nothing in it was lost by trying.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// Another process has it open.
+    #[error("{}: another h5push-relay is running on this data directory", .0.display())]
+    InUse(PathBuf),
+    /// The file system said no.
+    #[error("{}: {error}", .path.display())]
+    Io {
+        /// What was being opened.
+        path: PathBuf,
+        /// Why not.
+        error: io::Error,
+    },
+    /// sled cannot even be built anew.
+    #[error("the queue could not be built anew: {0}")]
+    Queue(String),
+}
+
+pub(super) fn journal_dir(dir: &Path) -> PathBuf {
+    dir.join("journal")
+}
+
+/// Free space for unprivileged users, bytes.
+pub(super) fn free_bytes(dir: &Path) -> io::Result<u64> {
+    let stat = rustix::fs::statvfs(dir)?;
+    Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+}
+
+/// Bytes of all files below a directory.
+pub(super) fn bytes_below(dir: &Path) -> u64 {
+    let Ok(entries) = std::fs::read_dir(dir) else { return 0 };
+    let size = |entry: std::fs::DirEntry| match entry.metadata() {
+        Ok(metadata) if metadata.is_dir() => bytes_below(&entry.path()),
+        Ok(metadata) => metadata.len(),
+        Err(_) => 0,
+    };
+    entries.flatten().map(size).sum()
+}
+
+/// Sees to it that the reserve is there.
+pub(super) fn keep_reserve(dir: &Path) {
+    let path = dir.join("reserve");
+    if !path.exists() {
+        // It comes with the next second if not now.
+        drop(segment::create(&path, RESERVE_BYTES));
+    }
+}
+
+/// Gives the reserve's room back to the file system.
+pub(super) fn release_reserve(dir: &Path) {
+    drop(std::fs::remove_file(dir.join("reserve")));
+}
+
+/// A segment as found at start.
+struct Found {
+    number: u64,
+    file: Arc<File>,
+    /// Up to where it is valid; of the newest, what a scan says.
+    end: u32,
+    waits: Option<Live>,
+}
+
+/// What is handed from step to step.
+struct Opening<'a> {
+    settings: &'a Settings,
+    metrics: &'a StoreMetrics,
+    identity: [u8; 32],
+    hashing: HashKey,
+    checkpoint: Option<Checkpoint>,
+    found: Vec<Found>,
+}
+
+impl Store {
+    /// Opens the data directory and fills `schedule`, whose endpoints are configured already, with what waits. Starts the
+    /// threads, which tell `notices` what becomes durable from then on.
+    ///
+    /// # Errors
+    /// The directory cannot be used.
+    pub fn open(
+        settings: Settings,
+        metrics: StoreMetrics,
+        schedule: &mut Schedule,
+        notices: mpsc::Sender<Notice>,
+    ) -> Result<(Store, Threads), OpenError> {
+        let dir = settings.dir.clone();
+        let io_error = |path: &Path| {
+            let path = path.to_owned();
+            move |error| OpenError::Io { path, error }
+        };
+        let journal = journal_dir(&dir);
+        for path in [&dir, &journal] {
+            std::fs::create_dir_all(path).map_err(io_error(path))?;
+        }
+        let lock = take_lock(&dir)?;
+        let (checkpoint, is_damaged) = Checkpoint::read(&dir).map_err(io_error(&dir))?;
+        if is_damaged {
+            metrics.damaged("checkpoint", 1);
+            tracing::error!(usable = checkpoint.is_some(), "the last checkpoint is damaged: what was pushed since may repeat");
+        }
+        let mut opening = Opening {
+            settings: &settings,
+            metrics: &metrics,
+            identity: [0; 32],
+            hashing: HashKey([0; 16]),
+            checkpoint,
+            found: Vec::new(),
+        };
+        opening.find_segments().map_err(io_error(&journal))?;
+        let (queue, applier) = opening.open_queue()?;
+        let mut segments = Segments::default();
+        opening.load(&queue, schedule, &mut segments).map_err(io_error(&journal))?;
+        let ids = opening.load_ids(&queue, applier.next_id());
+        let dead = opening.open_dead(schedule).map_err(io_error(&dir))?;
+        opening.restore_retries(&queue, schedule, &segments);
+        let last = opening.found.last();
+        let next_number = last.map_or(1, |found| found.number + 1).max(
+            opening.checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.position.segment + 1),
+        );
+        let previous = last.map(|found| (found.number, found.end));
+        let mut admission = Admission::new(settings.rules, ids);
+        for view in schedule.endpoints() {
+            admission.count_waiting(view.name, view.events);
+        }
+        let identity = opening.identity;
+        let free = free_bytes(&dir).map_err(io_error(&dir))?;
+        admission.is_disk_low = free < settings.free_min;
+        let inner = Arc::new(Inner {
+            identity,
+            admission: Mutex::new(admission),
+            work: Condvar::new(),
+            writer: Mutex::new(Writer::new(journal, identity, settings.segment_bytes, next_number, previous)),
+            segments: RwLock::new(segments),
+            durable: Mutex::new(applier.position()),
+            durable_moved: Condvar::new(),
+            queue: RwLock::new(Some(queue)),
+            dead: Mutex::new(dead),
+            notices,
+            fates: watch::Sender::new(()),
+            is_ending: AtomicBool::new(false),
+            free_bytes: AtomicU64::new(free),
+            _lock: lock,
+            metrics,
+            settings,
+        });
+        let threads = start_threads(&inner, applier).map_err(io_error(&dir))?;
+        Ok((Store { inner }, threads))
+    }
+}
+
+fn start_threads(inner: &Arc<Inner>, applier: Applier) -> io::Result<Threads> {
+    let writer = Arc::clone(inner);
+    let keeper = Arc::clone(inner);
+    let named = |name: &str| std::thread::Builder::new().name(name.to_owned());
+    let threads = vec![
+        named("journal").spawn(move || writer.write_groups())?,
+        named("keeper").spawn(move || Keeper::new(&keeper, applier).run())?,
+    ];
+    Ok(Threads { threads })
+}
+
+fn take_lock(dir: &Path) -> Result<File, OpenError> {
+    let path = dir.join("lock");
+    let open = File::options().create(true).truncate(false).write(true).open(&path);
+    let file = open.map_err(|error| OpenError::Io { path: path.clone(), error })?;
+    match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(rustix::io::Errno::WOULDBLOCK) => Err(OpenError::InUse(dir.to_owned())),
+        Err(error) => Err(OpenError::Io { path, error: error.into() }),
+    }
+}
+
+impl Opening<'_> {
+    /// Lists the segments, removes those that a checkpoint had freed, and finds where each ends.
+    fn find_segments(&mut self) -> io::Result<()> {
+        let dir = journal_dir(&self.settings.dir);
+        let mut numbers = Vec::new();
+        for entry in std::fs::read_dir(&dir)? {
+            let entry = entry?;
+            let name = entry.file_name();
+            match name.to_str().and_then(segment::number) {
+                Some(number) => numbers.push(number),
+                None => std::fs::remove_file(entry.path())?,
+            }
+        }
+        numbers.sort_unstable();
+        let mut opened: BTreeMap<u64, (Arc<File>, Option<u32>)> = BTreeMap::new();
+        let mut identity = self.checkpoint.as_ref().map(|checkpoint| checkpoint.identity);
+        for number in numbers {
+            let marked = self.checkpoint.as_ref().is_some_and(|checkpoint| {
+                number < checkpoint.position.segment
+                    && !checkpoint.segments.iter().any(|mark| mark.number == number)
+            });
+            let path = segment::path(&dir, number);
+            if marked {
+                std::fs::remove_file(path)?;
+                continue;
+            }
+            let file = Arc::new(File::options().read(true).write(true).open(path)?);
+            if let Some(frame) = segment::read_frame(&file, number, 0)?
+                && let Some(Record::Opened(record)) = Record::decode(frame.body())
+            {
+                identity = identity.or(Some(record.identity));
+                if let Some((before, end)) = record.previous
+                    && let Some((_, known)) = opened.get_mut(&before)
+                {
+                    *known = Some(end);
+                }
+            }
+            opened.insert(number, (file, None));
+        }
+        self.check_missing(&opened);
+        self.identity = identity.unwrap_or_else(clock::random);
+        self.hashing = HashKey(std::array::from_fn(|at| self.identity.get(at).copied().unwrap_or(0)));
+        for (number, (file, known)) in opened {
+            let floor = self
+                .checkpoint
+                .as_ref()
+                .filter(|checkpoint| checkpoint.position.segment == number)
+                .map_or(0, |checkpoint| checkpoint.position.offset);
+            let mark = |checkpoint: &Checkpoint| {
+                checkpoint.segments.iter().find(|mark| mark.number == number).map(|mark| mark.live.clone())
+            };
+            let waits = self.checkpoint.as_ref().and_then(mark);
+            let is_covered =
+                self.checkpoint.as_ref().is_some_and(|checkpoint| number < checkpoint.position.segment);
+            let end = match known {
+                Some(end) => end,
+                // Complete, and all of it synced.
+                None if is_covered => file.metadata()?.len() as u32,
+                None => {
+                    let scan = segment::scan(&file, number, 0, floor, |_| {})?;
+                    self.note_scan(number, &scan);
+                    // What only the page cache held must not be lost after it was answered `duplicate`.
+                    file.set_len(u64::from(scan.valid_len))?;
+                    file.sync_all()?;
+                    scan.valid_len
+                }
+            };
+            self.found.push(Found { number, file, end, waits });
+        }
+        segment::sync_dir(&dir)
+    }
+
+    /// A segment that the checkpoint lists and that is not there is damage.
+    fn check_missing(&self, opened: &BTreeMap<u64, (Arc<File>, Option<u32>)>) {
+        let Some(checkpoint) = &self.checkpoint else { return };
+        for mark in checkpoint.segments.iter().filter(|mark| !opened.contains_key(&mark.number)) {
+            if !mark.live.is_empty() {
+                tracing::error!(segment = mark.number, "a journal segment is missing: its events are lost");
+                self.metrics.damaged("journal", 1);
+            }
+        }
+    }
+
+    fn note_scan(&self, segment: u64, scan: &segment::Scan) {
+        for offset in &scan.damaged {
+            tracing::error!(segment, offset, "a damaged record in the journal");
+        }
+        self.metrics.damaged("journal", scan.damaged.len() as u64);
+        if scan.is_torn {
+            tracing::warn!(segment, at = scan.valid_len, "cut a torn end, none of which had been acknowledged");
+            self.metrics.damaged("torn_tail", 1);
+        }
+    }
+
+    /// Opens sled, or builds it anew, and brings its rows up to the end of the journal.
+    fn open_queue(&self) -> Result<(Arc<Queue>, Applier), OpenError> {
+        let dir = self.settings.dir.join("queue");
+        let needed = self.checkpoint.as_ref().map(|checkpoint| checkpoint.position);
+        if dir.exists() {
+            match self.try_queue(&dir, needed) {
+                Ok(opened) => return Ok(opened),
+                Err(error) => {
+                    tracing::error!(%error, "the queue is set aside and built anew from the journal");
+                    self.metrics.damaged("queue", 1);
+                    let aside = self.settings.dir.join(format!("queue.damaged-{}", clock::wall_ms() / 1_000));
+                    std::fs::rename(&dir, &aside).map_err(|error| OpenError::Io { path: dir.clone(), error })?;
+                }
+            }
+        } else if needed.is_some() {
+            tracing::error!("the queue is missing and built anew from the journal");
+            self.metrics.damaged("queue", 1);
+        }
+        self.build_queue(&dir).map_err(|error| OpenError::Queue(error.to_string()))
+    }
+
+    fn try_queue(&self, dir: &Path, needed: Option<Position>) -> Result<(Arc<Queue>, Applier), QueueError> {
+        let queue = Queue::open(dir)?;
+        let row = queue.position()?;
+        let at = row.unwrap_or_default();
+        let here = Position { segment: at.segment, offset: at.offset };
+        if needed.is_some_and(|needed| here < needed) {
+            return Err(QueueError::Damaged("it is older than the checkpoint"));
+        }
+        let state_log = StateLog::open(&self.settings.dir, at.state_log, at.state_len)?;
+        let mut applier = Applier::resume(&queue, at, state_log, Position::default(), self.applier_settings())?;
+        self.apply_rest(&queue, &mut applier)?;
+        Ok((Arc::new(queue), applier))
+    }
+
+    fn build_queue(&self, dir: &Path) -> Result<(Arc<Queue>, Applier), QueueError> {
+        let queue = Queue::open(dir)?;
+        let (number, from) =
+            self.checkpoint.as_ref().map_or((0, Position::default()), |found| (found.state_log, found.position));
+        let path = StateLog::path(&self.settings.dir, number);
+        let mut len = 0;
+        if let Ok(file) = File::open(&path) {
+            let mut result = Ok(());
+            let scan = segment::scan(&file, number, 0, 0, |frame| {
+                let Some(Record::State(change)) = Record::decode(frame.body()) else { return };
+                // What came after the checkpoint is in the journal, and written again from there.
+                if result.is_ok() {
+                    result = apply_change(&queue, &self.hashing, &change);
+                }
+            })?;
+            result?;
+            self.metrics.damaged("state_log", scan.damaged.len() as u64);
+            len = u64::from(scan.valid_len);
+        }
+        let state_log = StateLog::open(&self.settings.dir, number, len)?;
+        let at = PositionRow { state_log: number, state_len: len, ..PositionRow::default() };
+        let mut applier = Applier::resume(&queue, at, state_log, from, self.applier_settings())?;
+        self.apply_rest(&queue, &mut applier)?;
+        queue.flush()?;
+        Ok((Arc::new(queue), applier))
+    }
+
+    fn applier_settings(&self) -> (HashKey, u64, u64) {
+        let rules = &self.settings.rules;
+        (self.hashing, rules.dedupe_max as u64, rules.forget_after_s)
+    }
+
+    fn apply_rest(&self, queue: &Queue, applier: &mut Applier) -> Result<(), QueueError> {
+        let at = applier.position().segment;
+        for found in self.found.iter().filter(|found| found.number >= at) {
+            applier.apply(queue, &found.file, found.number, found.end)?;
+        }
+        applier.commit(queue)
+    }
+
+    /// Fills the schedule: from the index rows up to the checkpoint, from the journal itself after it.
+    fn load(&self, queue: &Queue, schedule: &mut Schedule, segments: &mut Segments) -> io::Result<()> {
+        let covered = self.checkpoint.as_ref().map_or(Position::default(), |checkpoint| checkpoint.position);
+        for found in &self.found {
+            let slot = segments.free_slot().ok_or(io::Error::from(io::ErrorKind::StorageFull))?;
+            segments.add(slot, SegmentFile { number: found.number, file: Arc::clone(&found.file) });
+            segments.ends.insert(found.number, found.end);
+            schedule.backlog.open(slot, found.number);
+            let loading = Loading { found, slot, covered, segments };
+            loading.load_covered(queue, schedule, self.metrics)?;
+            loading.replay(schedule)?;
+            schedule.backlog.seal(slot);
+        }
+        Ok(())
+    }
+
+    fn load_ids(&self, queue: &Queue, next_id: u64) -> Ids {
+        let rules = &self.settings.rules;
+        let mut ids = Ids::new(rules.dedupe_max, rules.dedupe_window_s);
+        let first_row = next_id.saturating_sub(rules.dedupe_max as u64) / ID_ROW as u64;
+        ids.start_at(first_row * ID_ROW as u64);
+        for row in first_row..=next_id / ID_ROW as u64 {
+            match queue.ids(row) {
+                Ok(Some(entries)) => {
+                    for entry in entries {
+                        ids.push(EventKey::from_le_bytes(entry.key), entry.second);
+                    }
+                }
+                Ok(None) => {}
+                Err(error) => {
+                    tracing::error!(%error, "idempotency keys cannot be read: repeated posts may be pushed again");
+                    self.metrics.damaged("queue", 1);
+                }
+            }
+        }
+        ids
+    }
+
+    /// Opens the dead letters. An event that is among those written last is buried, whatever the journal says.
+    fn open_dead(&self, schedule: &mut Schedule) -> io::Result<DeadLetters> {
+        let none = DeadMark::default();
+        let mark = self.checkpoint.as_ref().map_or(&none, |checkpoint| &checkpoint.dead);
+        let dir = self.settings.dir.join("dead");
+        let (letters, found) = DeadLetters::open(dir, mark, self.settings.dead_keep_s, self.settings.dead_max)?;
+        self.metrics.damaged("dead_letters", found.damaged);
+        for (endpoint, lane, seq) in found.events {
+            let slots: Vec<u16> = schedule.backlog.groups().map(|(slot, _)| slot).collect();
+            let handle = slots.into_iter().find_map(|slot| schedule.backlog.find(slot, seq));
+            if let Some(handle) = handle.filter(|handle| !schedule.backlog.is_settled(*handle)) {
+                tracing::debug!(%endpoint, seq, "was buried before the crash");
+                schedule.settled_before(lane, &[handle], 0);
+            }
+        }
+        Ok(letters)
+    }
+
+    fn restore_retries(&self, queue: &Queue, schedule: &mut Schedule, segments: &Segments) {
+        let rows: Vec<RetryRow> = match queue.retries() {
+            Ok(rows) => rows,
+            Err(error) => {
+                tracing::error!(%error, "retry state cannot be read: everything that waits is due now");
+                self.metrics.damaged("queue", 1);
+                return;
+            }
+        };
+        let now_ms = clock::wall_ms();
+        for row in rows {
+            let slot = segments.slots.get(&(row.head >> crate::domain::backlog::PLACE_BITS));
+            let head = slot.and_then(|slot| schedule.backlog.find(*slot, row.head));
+            match head.filter(|head| !schedule.backlog.is_settled(*head)) {
+                Some(head) => {
+                    let wait = Duration::from_millis(row.due_ms.saturating_sub(now_ms));
+                    schedule.restore(LaneKey(row.lane), head, row.retry, wait, 0);
+                }
+                // Over since: the row is of no use.
+                None => drop(queue.remove_retry(row.lane)),
+            }
+        }
+    }
+}
+
+/// One segment on its way into the schedule.
+struct Loading<'a> {
+    found: &'a Found,
+    slot: u16,
+    /// Before this, the checkpoint says what waits.
+    covered: Position,
+    segments: &'a Segments,
+}
+
+impl Loading<'_> {
+    fn is_covered(&self, offset: u32) -> bool {
+        Position { segment: self.found.number, offset } < self.covered
+    }
+
+    /// Adds the events before the checkpoint that wait, by the index rows, or by the segment itself where those are
+    /// missing.
+    fn load_covered(&self, queue: &Queue, schedule: &mut Schedule, metrics: &StoreMetrics) -> io::Result<()> {
+        if !self.is_covered(0) {
+            return Ok(());
+        }
+        let waits = self.found.waits.as_ref().map(Live::unpack);
+        // A segment that the checkpoint does not list: only with an older checkpoint. All of it waits.
+        let waits = |seq: u64| waits.as_ref().is_none_or(|waits| waits(seq - first_seq(self.found.number)));
+        match self.index_rows(queue) {
+            Ok(rows) => {
+                for entry in rows.iter().filter(|entry| self.is_covered(entry.offset)) {
+                    self.add(schedule, entry, waits(entry.seq));
+                }
+            }
+            Err(error) => {
+                tracing::error!(segment = self.found.number, %error, "index rows are damaged: reading the segment");
+                metrics.damaged("queue", 1);
+                let end = if self.found.number == self.covered.segment {
+                    self.covered.offset.min(self.found.end)
+                } else {
+                    self.found.end
+                };
+                segment::scan_synced(&self.found.file, self.found.number, 0, end, |frame| {
+                    if let Some(entry) = index_entry(frame) {
+                        self.add(schedule, &entry, waits(entry.seq));
+                    }
+                })?;
+            }
+        }
+        Ok(())
+    }
+
+    fn index_rows(&self, queue: &Queue) -> Result<Vec<IndexEntry>, QueueError> {
+        let mut rows = Vec::new();
+        for block in 0.. {
+            match queue.block(self.found.number, block)? {
+                Some(entries) => {
+                    let is_last = entries.len() < BLOCK_EVENTS;
+                    rows.extend(entries);
+                    if is_last {
+                        break;
+                    }
+                }
+                None => break,
+            }
+        }
+        // What waits beyond the rows' end would be lost: then the rows are not to be believed.
+        let places = self.found.waits.as_ref().map(Live::highest).unwrap_or_default();
+        let indexed = rows.last().map_or(0, |last| last.seq - first_seq(self.found.number) + 1);
+        if places > indexed {
+            return Err(QueueError::Damaged("index rows are missing"));
+        }
+        Ok(rows)
+    }
+
+    /// Adds what came after the checkpoint, and takes out what ended after it.
+    fn replay(&self, schedule: &mut Schedule) -> io::Result<()> {
+        let from = if self.is_covered(0) {
+            if self.covered.segment != self.found.number {
+                return Ok(());
+            }
+            self.covered.offset
+        } else {
+            0
+        };
+        if from >= self.found.end {
+            return Ok(());
+        }
+        segment::scan_synced(&self.found.file, self.found.number, from, self.found.end, |frame| {
+            match Record::decode(frame.body()) {
+                Some(Record::Accepted(_)) => {
+                    if let Some(entry) = index_entry(frame) {
+                        self.add(schedule, &entry, true);
+                    }
+                }
+                Some(Record::Settled(settled)) => {
+                    let events: Vec<Handle> = settled
+                        .seqs
+                        .iter()
+                        .filter_map(|seq| {
+                            let number = seq >> crate::domain::backlog::PLACE_BITS;
+                            schedule.backlog.find(*self.segments.slots.get(&number)?, *seq)
+                        })
+                        .collect();
+                    schedule.settled_before(settled.lane, &events, 0);
+                }
+                Some(Record::State(_) | Record::Opened(_) | Record::Deferred(_) | Record::Sealed { .. })
+                | Some(Record::Dead(_))
+                | None => {}
+            }
+        })?;
+        Ok(())
+    }
+
+    fn add(&self, schedule: &mut Schedule, entry: &IndexEntry, waits: bool) {
+        let place = entry.seq.saturating_sub(first_seq(self.found.number));
+        let is_sparse = schedule.backlog.group(self.slot).is_some_and(|group| group.len() as u64 != place);
+        let seq = is_sparse.then_some(entry.seq);
+        // A segment with a gap is kept by number from there on.
+        if is_sparse {
+            schedule.backlog.make_sparse(self.slot);
+        }
+        let seq = seq.or_else(|| schedule.backlog.is_sparse(self.slot).then_some(entry.seq));
+        let Some(handle) = schedule.backlog.append(self.slot, seq, entry.offset, entry.second, entry.len) else {
+            return;
+        };
+        if waits {
+            let endpoint = EndpointName::from_number(entry.endpoint);
+            schedule.appended(handle, LaneKey(entry.lane), endpoint, 0);
+        } else {
+            schedule.backlog.settle(handle);
+        }
+    }
+}
+
+fn index_entry(frame: &Frame) -> Option<IndexEntry> {
+    match Record::decode(frame.body())? {
+        Record::Accepted(event) => Some(IndexEntry {
+            seq: frame.header.seq,
+            lane: event.lane.0,
+            endpoint: event.endpoint.number(),
+            offset: frame.header.offset,
+            second: (event.accepted_ms / 1_000) as u32,
+            len: frame.header.frame_len() as u32,
+        }),
+        Record::Opened(_)
+        | Record::Settled(_)
+        | Record::Deferred(_)
+        | Record::State(_)
+        | Record::Sealed { .. }
+        | Record::Dead(_) => None,
+    }
+}
+
+fn apply_change(queue: &Queue, hashing: &HashKey, change: &StateChange) -> Result<(), QueueError> {
+    state::apply(queue, hashing, change, |_| false)
+}
+
+/// After an error of sled's while running: opens it again, or builds it anew, up to what is durable.
+pub(super) fn reopen_queue(inner: &Inner) -> Result<(Arc<Queue>, Applier), QueueError> {
+    let dir = inner.settings.dir.join("queue");
+    let rules = &inner.settings.rules;
+    let settings = (inner.hashing(), rules.dedupe_max as u64, rules.forget_after_s);
+    let queue = Queue::open(&dir)?;
+    let at = queue.position()?.unwrap_or_default();
+    let state_log = StateLog::open(&inner.settings.dir, at.state_log, at.state_len)?;
+    let mut applier = Applier::resume(&queue, at, state_log, Position::default(), settings)?;
+    let durable = *inner.durable.lock().unwrap_or_else(PoisonError::into_inner);
+    keeper::advance(inner, &mut applier, &queue, durable)?;
+    applier.commit(&queue)?;
+    Ok((Arc::new(queue), applier))
+}
+
+const _: () = assert!(SEGMENT_BYTES < u32::MAX / 2);
