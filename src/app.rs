@@ -75,7 +75,7 @@ impl App {
         for endpoint in config.endpoints.values() {
             schedule.put_endpoint(endpoint.name, endpoint.limits, 0);
             // Its series are there from the start.
-            metrics.endpoint(endpoint.name);
+            drop(metrics.endpoint(endpoint.name));
         }
         let (tell, notices) = mpsc::channel(NOTICES_MAX);
         let settings = store_settings(&config);

@@ -3,6 +3,7 @@
 mod check;
 mod daemon;
 mod demo;
+mod http;
 mod receiver;
 
 use std::net::SocketAddr;

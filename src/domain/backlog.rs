@@ -108,6 +108,8 @@ pub struct GroupMark {
     pub settled: Vec<u64>,
     /// Places there are.
     pub places: u32,
+    /// Bytes of records that wait, about.
+    pub live_bytes: u64,
 }
 
 /// The first sequence number of a segment's events.
@@ -282,7 +284,8 @@ impl Backlog {
     /// Which events of each segment wait, by their place when the segment was written.
     pub fn marks(&self) -> impl Iterator<Item = GroupMark> {
         self.groups().map(|(_, group)| {
-            let mark = |settled, places| GroupMark { segment: group.segment, settled, places };
+            let live_bytes = group.live_bytes;
+            let mark = |settled, places| GroupMark { segment: group.segment, settled, places, live_bytes };
             match &group.seqs {
                 None => mark(group.settled.clone(), group.next.len() as u32),
                 Some(seqs) => {

@@ -46,6 +46,17 @@ impl SigningKeys {
     }
 }
 
+impl SigningKeys {
+    /// Whether one of the signatures in a `webhook-signature` was made with one of these keys.
+    #[must_use]
+    pub fn verify(&self, id: &str, timestamp: &str, body: &[u8], signatures: &str) -> bool {
+        let content = [id.as_bytes(), b".", timestamp.as_bytes(), b".", body].concat();
+        let given = signatures.split(' ').filter_map(|signature| signature.strip_prefix("v1,"));
+        let given: Vec<Vec<u8>> = given.filter_map(|signature| STANDARD.decode(signature).ok()).collect();
+        self.0.iter().any(|key| given.iter().any(|tag| hmac::verify(key, &content, tag).is_ok()))
+    }
+}
+
 fn key(secret: &str) -> Result<hmac::Key, BadSecret> {
     let bytes = secret.strip_prefix("whsec_").and_then(|text| STANDARD.decode(text).ok()).ok_or(BadSecret)?;
     if !(24..=64).contains(&bytes.len()) {
@@ -68,6 +79,11 @@ mod tests {
         let other = format!("whsec_{}", STANDARD.encode([7; 32]));
         let both = SigningKeys::parse(&format!("{other} {SECRET}")).unwrap().sign(id, 1_614_265_330, body);
         assert_eq!(both.split(' ').nth(1), Some(expected));
+        let keys = SigningKeys::parse(SECRET).unwrap();
+        assert!(keys.verify(id, "1614265330", body, &both));
+        assert!(!keys.verify(id, "1614265331", body, &both));
+        assert!(!keys.verify(id, "1614265330", b"{}", &both));
+        assert!(!keys.verify(id, "1614265330", body, "v1,AAAA v2,x"));
     }
 
     #[test]

@@ -25,7 +25,7 @@ const WITHDRAWN: u8 = 2;
 impl Flight {
     pub(super) fn withdraw(&self) {
         // Already sending: the report says what came of it.
-        drop(self.0.compare_exchange(PREPARING, WITHDRAWN, Ordering::SeqCst, Ordering::SeqCst));
+        self.0.compare_exchange(PREPARING, WITHDRAWN, Ordering::SeqCst, Ordering::SeqCst).ok();
     }
 
     fn may_send(&self) -> bool {

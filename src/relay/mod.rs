@@ -176,7 +176,7 @@ impl Relay {
             self.reap();
             if self.attempts.is_empty() && let Some(drained) = self.drain.take() {
                 // Nobody waits any more.
-                drop(drained.send(()));
+                drained.send(()).ok();
             }
         }
     }
@@ -235,7 +235,7 @@ impl Relay {
             &compacted.events,
         );
         // The store has ended.
-        drop(compacted.done.send(()));
+        compacted.done.send(()).ok();
     }
 
     /// Withdraws what waits of a customer, and answers when that is durable.
@@ -269,7 +269,7 @@ impl Relay {
         tokio::spawn(async move {
             if synced.await.is_ok() {
                 // The caller has gone.
-                drop(customer.done.send(withdrawn));
+                customer.done.send(withdrawn).ok();
             }
         });
     }
@@ -468,7 +468,7 @@ impl Relay {
                     .map(|endpoint| hashing.lane(endpoint, plugin, &web_token))
                     .map(|lane| u64::from(self.schedule.waiting(lane)))
                     .sum();
-                drop(reply.send(waiting));
+                reply.send(waiting).ok();
             }
             Command::Drain(reply) => {
                 self.is_draining = true;

@@ -359,7 +359,7 @@ impl Admission {
         for request in written.into_iter().chain(newer).rev() {
             let done = self.put_back(request);
             // The caller may have gone.
-            drop(done.send(Err(refusal)));
+            done.send(Err(refusal)).ok();
         }
     }
 

@@ -1,11 +1,155 @@
-//! Gives disk back that dead events hold: the segment with the least that still waits is rewritten with only that.
+//! Gives disk back that dead events hold: the segments with the least that still waits are rewritten with only that, in
+//! place, each event keeping its sequence number. What waits is never out of reach: the old file stays open for those
+//! who read it, the new one takes its name when it is on stable storage.
 
-use super::Inner;
-use super::Snapshot;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, PoisonError};
+
+use super::codec::{self, Opened, Record};
+use super::journal::SegmentFile;
 use super::keeper::Freed;
-use super::queue::{Queue, QueueError};
+use super::queue::{BLOCK_EVENTS, IndexEntry, Queue, QueueError};
+use super::segment::{self, Frame};
+use super::{Compacted, Inner, Notice, Snapshot, recover};
+use crate::domain::backlog::{GroupMark, first_seq};
+use crate::domain::keys::LaneKey;
 
-/// Rewrites one segment, when dead space has passed a third of the whole.
-pub(super) fn compact(_: &Inner, _: &Queue, _: &Snapshot, _: &Freed) -> Result<(), QueueError> {
+/// Segments rewritten after one checkpoint.
+const SEGMENTS_MAX: usize = 4;
+/// Bytes gathered before they are written.
+const CHUNK: usize = 1 << 20;
+
+/// Rewrites a few segments, when dead space has passed a third of the whole.
+pub(super) fn compact(inner: &Inner, queue: &Queue, snapshot: &Snapshot, freed: &Freed) -> Result<(), QueueError> {
+    let mut sizes: Vec<(u64, u64, &GroupMark)> = Vec::new();
+    for mark in &snapshot.marks {
+        if mark.segment >= snapshot.position.segment || freed.contains(&mark.segment) {
+            continue;
+        }
+        let path = segment::path(&recover::journal_dir(&inner.settings.dir), mark.segment);
+        let len = std::fs::metadata(path)?.len();
+        sizes.push((len, mark.live_bytes.min(len), mark));
+    }
+    let mut whole: u64 = sizes.iter().map(|(len, _, _)| len).sum();
+    let mut dead: u64 = sizes.iter().map(|(len, live, _)| len - live).sum();
+    // The least live first.
+    sizes.sort_by_key(|(len, live, _)| live.saturating_mul(1_000) / len.max(&1));
+    for (len, live, mark) in sizes.into_iter().take(SEGMENTS_MAX) {
+        if dead * 3 < whole || dead < u64::from(inner.settings.segment_bytes) {
+            break;
+        }
+        rewrite(inner, queue, mark)?;
+        tracing::info!(segment = mark.segment, bytes = len, live, "compacted a segment");
+        whole -= len - live;
+        dead -= len - live;
+    }
     Ok(())
+}
+
+fn rewrite(inner: &Inner, queue: &Queue, mark: &GroupMark) -> Result<(), QueueError> {
+    let Some((old_slot, old)) = ({
+        let segments = inner.segments.read().unwrap_or_else(PoisonError::into_inner);
+        let slot = segments.slots.get(&mark.segment).copied();
+        slot.zip(segments.by_number(mark.segment).cloned())
+    }) else {
+        return Ok(());
+    };
+    let dir = recover::journal_dir(&inner.settings.dir);
+    let temporary = dir.join("compacting");
+    let file = File::options().read(true).write(true).create(true).truncate(true).open(&temporary)?;
+    let generation = old.generation + 1;
+    let mut copy = Copy { segment: mark.segment, file: &file, buffer: Vec::new(), written: 0 };
+    let opened = Opened {
+        identity: inner.identity,
+        segment: mark.segment,
+        previous: None,
+        generation,
+        version: env!("CARGO_PKG_VERSION"),
+    };
+    copy.push(0, &Record::Opened(opened).encode())?;
+    let end = old.file.metadata()?.len() as u32;
+    let mut events: Vec<(IndexEntry, LaneKey)> = Vec::new();
+    let mut result = Ok(());
+    segment::scan_synced(&old.file, mark.segment, 0, end, |frame| {
+        if result.is_ok() {
+            result = copy.keep(frame, mark, &mut events);
+        }
+    })?;
+    result?;
+    copy.write()?;
+    let len = copy.written as u32;
+    file.sync_all()?;
+    for (block, entries) in events.chunks(BLOCK_EVENTS).enumerate() {
+        let entries: Vec<IndexEntry> = entries.iter().map(|(entry, _)| *entry).collect();
+        queue.put_block(mark.segment, generation, block as u32, &entries)?;
+    }
+    std::fs::rename(&temporary, segment::path(&dir, mark.segment))?;
+    segment::sync_dir(&dir)?;
+    let new = SegmentFile { number: mark.segment, generation, file: Arc::new(file) };
+    let Some(new_slot) = ({
+        let mut segments = inner.segments.write().unwrap_or_else(PoisonError::into_inner);
+        let slot = segments.free_slot();
+        if let Some(slot) = slot {
+            segments.add(slot, new);
+            segments.ends.insert(mark.segment, len);
+        }
+        slot
+    }) else {
+        // Every slot is taken: the old file stays in use until the next start.
+        return Ok(());
+    };
+    let (done, told) = std::sync::mpsc::channel();
+    let events = events
+        .iter()
+        .map(|(entry, lane)| (entry.seq, entry.offset, entry.len, *lane, entry.second))
+        .collect();
+    let compacted = Compacted { segment: mark.segment, old_slot, new_slot, events, done };
+    drop(inner.notices.blocking_send(Notice::SegmentCompacted(compacted)));
+    if told.recv().is_ok() {
+        inner.segments.write().unwrap_or_else(PoisonError::into_inner).free(old_slot);
+        queue.remove_blocks(mark.segment, old.generation)?;
+    }
+    Ok(())
+}
+
+/// The new file on its way.
+struct Copy<'a> {
+    segment: u64,
+    file: &'a File,
+    buffer: Vec<u8>,
+    written: u64,
+}
+
+impl Copy<'_> {
+    fn keep(
+        &mut self,
+        frame: &Frame,
+        mark: &GroupMark,
+        events: &mut Vec<(IndexEntry, LaneKey)>,
+    ) -> io::Result<()> {
+        let Some(mut entry) = recover::index_entry(frame) else { return Ok(()) };
+        let place = (entry.seq - first_seq(mark.segment)) as usize;
+        if mark.settled.get(place / 64).is_none_or(|word| word >> (place % 64) & 1 == 1) {
+            return Ok(());
+        }
+        entry.offset = (self.written + self.buffer.len() as u64) as u32;
+        events.push((entry, LaneKey(entry.lane)));
+        self.push(entry.seq, frame.body())
+    }
+
+    fn push(&mut self, seq: u64, body: &[u8]) -> io::Result<()> {
+        let offset = (self.written + self.buffer.len() as u64) as u32;
+        // Synced as a whole before it is used.
+        codec::write_frame(&mut self.buffer, self.segment, offset, offset, seq, body);
+        if self.buffer.len() >= CHUNK { self.write() } else { Ok(()) }
+    }
+
+    fn write(&mut self) -> io::Result<()> {
+        self.file.write_all_at(&self.buffer, self.written)?;
+        self.written += self.buffer.len() as u64;
+        self.buffer.clear();
+        Ok(())
+    }
 }

@@ -22,6 +22,8 @@ use crate::domain::keys::LaneKey;
 #[derive(Clone, Debug)]
 pub(super) struct SegmentFile {
     pub number: u64,
+    /// How often it was compacted.
+    pub generation: u32,
     pub file: Arc<File>,
 }
 
@@ -175,7 +177,7 @@ impl Writer {
         codec::write_frame(&mut self.buffer, number, 0, 0, 0, &Record::Opened(opened).encode());
         file.write_all_at(&self.buffer, 0)?;
         let file = Arc::new(file);
-        segments.add(slot, SegmentFile { number, file: Arc::clone(&file) });
+        segments.add(slot, SegmentFile { number, generation: 0, file: Arc::clone(&file) });
         self.active = Some(Active { slot, number, file, len: self.buffer.len() as u32, synced: 0, events: 0 });
         self.next_number = number + 1;
         Ok(Begun { slot, segment: number })

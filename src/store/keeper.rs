@@ -113,7 +113,7 @@ impl Applier {
         settings: (HashKey, u64, u64),
     ) -> Result<Applier, QueueError> {
         let (hashing, dedupe_max, forget_after_s) = settings;
-        let mut block = queue.block(at.segment, at.block)?.unwrap_or_default();
+        let mut block = queue.block(at.segment, 0, at.block)?.unwrap_or_default();
         // Rows may be ahead of the position: that part is applied again.
         block.retain(|entry| entry.offset < at.offset);
         let mut ids = queue.ids(at.next_id / ID_ROW as u64)?.unwrap_or_default();
@@ -221,7 +221,7 @@ impl Applier {
 
     fn end_block(&mut self, queue: &Queue) -> Result<(), QueueError> {
         if !self.block.is_empty() {
-            queue.put_block(self.at.segment, self.at.block, &self.block)?;
+            queue.put_block(self.at.segment, 0, self.at.block, &self.block)?;
             self.block.clear();
         }
         Ok(())
@@ -233,7 +233,7 @@ impl Applier {
             return Ok(());
         }
         if !self.block.is_empty() {
-            queue.put_block(self.at.segment, self.at.block, &self.block)?;
+            queue.put_block(self.at.segment, 0, self.at.block, &self.block)?;
         }
         if !self.ids.is_empty() {
             queue.put_ids(self.at.next_id / ID_ROW as u64, &self.ids)?;
@@ -456,12 +456,13 @@ impl<'a> Keeper<'a> {
     fn remove(&self, queue: &Queue, freed: &[u64]) -> Result<(), QueueError> {
         let dir = recover::journal_dir(&self.inner.settings.dir);
         for number in freed {
-            let slot = {
+            let (slot, generation) = {
                 let segments = self.inner.segments.read().unwrap_or_else(PoisonError::into_inner);
-                segments.slots.get(number).copied()
+                let generation = segments.by_number(*number).map_or(0, |file| file.generation);
+                (segments.slots.get(number).copied(), generation)
             };
             std::fs::remove_file(segment::path(&dir, *number))?;
-            queue.remove_blocks(*number)?;
+            queue.remove_blocks(*number, generation)?;
             if let Some(slot) = slot {
                 // Told before the slot can be used again.
                 drop(self.inner.notices.blocking_send(Notice::SegmentRemoved(slot)));

@@ -737,7 +737,7 @@ impl Inner {
         drop(self.notices.blocking_send(Notice::Durable { items, end: written.end }));
         for answer in answers {
             // The caller may have gone.
-            drop(answer.send(Ok(())));
+            answer.send(Ok(())).ok();
         }
     }
 }

@@ -8,7 +8,7 @@
 //! | key | row |
 //! | --- | --- |
 //! | `p` | up to where the journal is applied |
-//! | `i` segment block | lane, offset and time of up to [`BLOCK_EVENTS`] events |
+//! | `i` segment generation block | lane, offset and time of up to [`BLOCK_EVENTS`] events |
 //! | `c` bucket page | customers |
 //! | `n` bucket page | other names of customers |
 //! | `d` row | idempotency keys |
@@ -145,11 +145,6 @@ impl Queue {
         Ok(())
     }
 
-    /// Bytes on disk.
-    pub(super) fn bytes(&self) -> u64 {
-        self.file.metadata().map_or(0, |metadata| metadata.len())
-    }
-
     fn get_row<T: DeserializeOwned>(&self, key: &[u8], what: &'static str) -> Result<Option<T>, QueueError> {
         guarded(|| match self.db.get(key)? {
             None => Ok(None),
@@ -181,19 +176,30 @@ impl Queue {
         self.put_row(b"p", row)
     }
 
-    pub(super) fn block(&self, segment: u64, block: u32) -> Result<Option<Vec<IndexEntry>>, QueueError> {
-        let packed: Option<Vec<u8>> = self.get_row(&block_key(segment, block), "index")?;
+    pub(super) fn block(
+        &self,
+        segment: u64,
+        generation: u32,
+        block: u32,
+    ) -> Result<Option<Vec<IndexEntry>>, QueueError> {
+        let packed: Option<Vec<u8>> = self.get_row(&block_key(segment, generation, block), "index")?;
         packed.map(|packed| unpack(&packed).ok_or(QueueError::Damaged("index"))).transpose()
     }
 
-    pub(super) fn put_block(&self, segment: u64, block: u32, entries: &[IndexEntry]) -> Result<(), QueueError> {
-        self.put_row(&block_key(segment, block), &pack(entries))
+    pub(super) fn put_block(
+        &self,
+        segment: u64,
+        generation: u32,
+        block: u32,
+        entries: &[IndexEntry],
+    ) -> Result<(), QueueError> {
+        self.put_row(&block_key(segment, generation, block), &pack(entries))
     }
 
     /// Drops a segment's index rows.
-    pub(super) fn remove_blocks(&self, segment: u64) -> Result<(), QueueError> {
+    pub(super) fn remove_blocks(&self, segment: u64, generation: u32) -> Result<(), QueueError> {
         for block in 0.. {
-            let key = block_key(segment, block);
+            let key = block_key(segment, generation, block);
             let had = guarded(|| Ok(self.db.remove(key)?))?;
             if had.is_none() {
                 break;
@@ -302,8 +308,8 @@ fn numbered(kind: u8, number: u64) -> [u8; 9] {
     key
 }
 
-fn block_key(segment: u64, block: u32) -> Vec<u8> {
-    [numbered(b'i', segment).as_slice(), &block.to_be_bytes()].concat()
+fn block_key(segment: u64, generation: u32, block: u32) -> Vec<u8> {
+    [numbered(b'i', segment).as_slice(), &generation.to_be_bytes(), &block.to_be_bytes()].concat()
 }
 
 fn page_key(kind: u8, bucket: u16, page: u8) -> [u8; 4] {

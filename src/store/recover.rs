@@ -93,10 +93,18 @@ pub(super) fn release_reserve(dir: &Path) {
 /// A segment as found at start.
 struct Found {
     number: u64,
+    generation: u32,
     file: Arc<File>,
     /// Up to where it is valid; of the newest, what a scan says.
     end: u32,
     waits: Option<Live>,
+}
+
+/// What the first records of the segments say.
+struct Header {
+    file: Arc<File>,
+    generation: u32,
+    end: Option<u32>,
 }
 
 /// What is handed from step to step.
@@ -222,7 +230,7 @@ impl Opening<'_> {
             }
         }
         numbers.sort_unstable();
-        let mut opened: BTreeMap<u64, (Arc<File>, Option<u32>)> = BTreeMap::new();
+        let mut opened: BTreeMap<u64, Header> = BTreeMap::new();
         let mut identity = self.checkpoint.as_ref().map(|checkpoint| checkpoint.identity);
         for number in numbers {
             let marked = self.checkpoint.as_ref().is_some_and(|checkpoint| {
@@ -235,22 +243,24 @@ impl Opening<'_> {
                 continue;
             }
             let file = Arc::new(File::options().read(true).write(true).open(path)?);
-            if let Some(frame) = segment::read_frame(&file, number, 0)?
+            let mut header = Header { file, generation: 0, end: None };
+            if let Some(frame) = segment::read_frame(&header.file, number, 0)?
                 && let Some(Record::Opened(record)) = Record::decode(frame.body())
             {
                 identity = identity.or(Some(record.identity));
+                header.generation = record.generation;
                 if let Some((before, end)) = record.previous
-                    && let Some((_, known)) = opened.get_mut(&before)
+                    && let Some(before) = opened.get_mut(&before)
                 {
-                    *known = Some(end);
+                    before.end = Some(end);
                 }
             }
-            opened.insert(number, (file, None));
+            opened.insert(number, header);
         }
         self.check_missing(&opened);
         self.identity = identity.unwrap_or_else(clock::random);
         self.hashing = HashKey(std::array::from_fn(|at| self.identity.get(at).copied().unwrap_or(0)));
-        for (number, (file, known)) in opened {
+        for (number, Header { file, generation, end: known }) in opened {
             let floor = self
                 .checkpoint
                 .as_ref()
@@ -263,6 +273,8 @@ impl Opening<'_> {
             let is_covered =
                 self.checkpoint.as_ref().is_some_and(|checkpoint| number < checkpoint.position.segment);
             let end = match known {
+                // Written whole, and synced before it took its name.
+                _ if generation > 0 => file.metadata()?.len() as u32,
                 Some(end) => end,
                 // Complete, and all of it synced.
                 None if is_covered => file.metadata()?.len() as u32,
@@ -275,13 +287,13 @@ impl Opening<'_> {
                     scan.valid_len
                 }
             };
-            self.found.push(Found { number, file, end, waits });
+            self.found.push(Found { number, generation, file, end, waits });
         }
         segment::sync_dir(&dir)
     }
 
     /// A segment that the checkpoint lists and that is not there is damage.
-    fn check_missing(&self, opened: &BTreeMap<u64, (Arc<File>, Option<u32>)>) {
+    fn check_missing(&self, opened: &BTreeMap<u64, Header>) {
         let Some(checkpoint) = &self.checkpoint else { return };
         for mark in checkpoint.segments.iter().filter(|mark| !opened.contains_key(&mark.number)) {
             if !mark.live.is_empty() {
@@ -382,7 +394,8 @@ impl Opening<'_> {
         let covered = self.checkpoint.as_ref().map_or(Position::default(), |checkpoint| checkpoint.position);
         for found in &self.found {
             let slot = segments.free_slot().ok_or(io::Error::from(io::ErrorKind::StorageFull))?;
-            segments.add(slot, SegmentFile { number: found.number, file: Arc::clone(&found.file) });
+            let (number, generation) = (found.number, found.generation);
+            segments.add(slot, SegmentFile { number, generation, file: Arc::clone(&found.file) });
             segments.ends.insert(found.number, found.end);
             schedule.backlog.open(slot, found.number);
             let loading = Loading { found, slot, covered, segments };
@@ -488,8 +501,11 @@ impl Loading<'_> {
                 }
             }
             Err(error) => {
-                tracing::error!(segment = self.found.number, %error, "index rows are damaged: reading the segment");
-                metrics.damaged("queue", 1);
+                // A compaction that a crash cut off has a file and no rows.
+                if self.found.generation == 0 {
+                    tracing::error!(segment = self.found.number, %error, "index rows are damaged: reading the segment");
+                    metrics.damaged("queue", 1);
+                }
                 let end = if self.found.number == self.covered.segment {
                     self.covered.offset.min(self.found.end)
                 } else {
@@ -508,7 +524,7 @@ impl Loading<'_> {
     fn index_rows(&self, queue: &Queue) -> Result<Vec<IndexEntry>, QueueError> {
         let mut rows = Vec::new();
         for block in 0.. {
-            match queue.block(self.found.number, block)? {
+            match queue.block(self.found.number, self.found.generation, block)? {
                 Some(entries) => {
                     let is_last = entries.len() < BLOCK_EVENTS;
                     rows.extend(entries);
@@ -588,7 +604,8 @@ impl Loading<'_> {
     }
 }
 
-fn index_entry(frame: &Frame) -> Option<IndexEntry> {
+/// What an index row says of an event; `None` for any other record.
+pub(super) fn index_entry(frame: &Frame) -> Option<IndexEntry> {
     match Record::decode(frame.body())? {
         Record::Accepted(event) => Some(IndexEntry {
             seq: frame.header.seq,

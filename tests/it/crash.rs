@@ -1,0 +1,212 @@
+//! kill -9 under load: every 202 is delivered, in order, and at most what was in flight goes twice.
+
+use std::collections::HashMap;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use super::support::*;
+
+const LANES: usize = 24;
+
+/// Posts events of its lanes one after another until told to stop or the relay is gone; keeps what was answered 202.
+fn post_until(to: SocketAddr, lanes: Vec<usize>, counters: Arc<Mutex<HashMap<usize, usize>>>, stop: Arc<AtomicBool>) {
+    let Ok(mut stream) = TcpStream::connect(to) else { return };
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    for lane in lanes.into_iter().cycle() {
+        if stop.load(Ordering::SeqCst) {
+            return;
+        }
+        let number = counters.lock().unwrap().get(&lane).copied().unwrap_or(0);
+        let body = event(&format!("lane{lane}"), &format!("{lane}-{number:06}")).to_string();
+        let head = format!(
+            "POST /v1/events HTTP/1.1\r\nhost: {to}\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
+            body.len()
+        );
+        if stream.write_all((head + &body).as_bytes()).is_err() {
+            return;
+        }
+        let mut answer = Vec::new();
+        while !answer.windows(4).any(|window| window == b"\r\n\r\n") || !answer.ends_with(b"}") {
+            let mut bytes = [0; 1_024];
+            match stream.read(&mut bytes) {
+                Ok(0) | Err(_) => return,
+                Ok(read) => answer.extend_from_slice(&bytes[..read]),
+            }
+        }
+        // `duplicate`: stored before the crash, and not answered then.
+        assert!(answer.starts_with(b"HTTP/1.1 202"), "{:?}", String::from_utf8_lossy(&answer));
+        counters.lock().unwrap().insert(lane, number + 1);
+    }
+}
+
+#[test]
+fn nothing_acknowledged_is_lost_or_reordered_over_kills_under_load() {
+    let rounds = std::env::var("H5PUSH_CRASH_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(12);
+    let seed = std::env::var("H5PUSH_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or_else(|| fastrand::u64(..));
+    println!("seed {seed}");
+    let mut rng = fastrand::Rng::with_seed(seed);
+    let receiver = Receiver::start();
+    let text = config(receiver.address, "[backoff]\ninitial = \"50ms\"\nmax = \"200ms\"\n");
+    let mut dir = Arc::new(tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap());
+    let counters: Arc<Mutex<HashMap<usize, usize>>> = Arc::default();
+    let mut in_flight_most = 0;
+    for round in 0..rounds {
+        // Well, failing now and then, or broken.
+        match round % 3 {
+            0 => receiver.answer_status(200),
+            1 => receiver.answer(|_| Answer::Status(if fastrand::u8(0..4) == 0 { 503 } else { 200 })),
+            _ => receiver.answer_status(500),
+        }
+        let relay = Relay::start_in(dir, &text);
+        let stop = Arc::new(AtomicBool::new(false));
+        let posters: Vec<_> = (0..4)
+            .map(|poster| {
+                let lanes = (0..LANES).filter(|lane| lane % 4 == poster).collect();
+                let (counters, stop, to) = (Arc::clone(&counters), Arc::clone(&stop), relay.local);
+                std::thread::spawn(move || post_until(to, lanes, counters, stop))
+            })
+            .collect();
+        std::thread::sleep(Duration::from_millis(rng.u64(20..900)));
+        in_flight_most += 32;
+        dir = relay.kill();
+        stop.store(true, Ordering::SeqCst);
+        posters.into_iter().for_each(|poster| poster.join().unwrap());
+    }
+    receiver.answer_status(200);
+    let relay = Relay::start_in(dir, &text);
+    let accepted: usize = counters.lock().unwrap().values().sum();
+    relay.wait_metric("h5push_outbox_events", &[("endpoint", "12")], |count| count == 0.0);
+    let mut by_lane: HashMap<String, Vec<String>> = HashMap::new();
+    for push in receiver.delivered() {
+        by_lane.entry(push.customer()).or_default().extend(push.message_ids());
+    }
+    let mut repeated = 0;
+    let mut delivered = 0;
+    for (lane, count) in counters.lock().unwrap().iter() {
+        let ids = by_lane.get(&format!("lane{lane}")).cloned().unwrap_or_default();
+        let mut first_seen = Vec::new();
+        for id in &ids {
+            if first_seen.contains(id) {
+                repeated += 1;
+            } else {
+                first_seen.push(id.clone());
+            }
+        }
+        assert!(first_seen.is_sorted(), "lane {lane} out of order (seed {seed}): {first_seen:?}");
+        let lost: Vec<String> =
+            (0..*count).map(|n| format!("{lane}-{n:06}")).filter(|id| !first_seen.contains(id)).collect();
+        assert!(lost.is_empty(), "lost {lost:?} (seed {seed})");
+        delivered += first_seen.len();
+    }
+    println!("{rounds} kills, {accepted} accepted, {delivered} delivered, {repeated} of them repeated");
+    assert!(accepted > 100 && delivered >= accepted);
+    assert!(repeated <= in_flight_most * 50, "{repeated} repeated");
+    for what in ["journal", "queue", "checkpoint", "state_log", "dead_letters"] {
+        assert_eq!(relay.metric("h5push_store_damage_total", &[("what", what)]), 0.0, "{what}: {}", relay.log());
+    }
+}
+
+#[test]
+fn a_stop_loses_and_repeats_nothing_and_keeps_its_promises_to_callers() {
+    let receiver = Receiver::start();
+    receiver.answer(|_| Answer::After(Duration::from_millis(50), 200));
+    let text = config(receiver.address, "");
+    let mut dir = Arc::new(tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap());
+    let counters: Arc<Mutex<HashMap<usize, usize>>> = Arc::default();
+    for _ in 0..4 {
+        let relay = Relay::start_in(dir, &text);
+        let stop = Arc::new(AtomicBool::new(false));
+        let (all, to) = (Arc::clone(&counters), relay.local);
+        let stopped = Arc::clone(&stop);
+        let poster = std::thread::spawn(move || post_until_stop(to, &all, &stopped));
+        std::thread::sleep(Duration::from_millis(300));
+        dir = relay.stop();
+        stop.store(true, Ordering::SeqCst);
+        poster.join().unwrap();
+    }
+    let relay = Relay::start_in(dir, &text);
+    relay.wait_metric("h5push_outbox_events", &[("endpoint", "12")], |count| count == 0.0);
+    let mut delivered = receiver.delivered_ids();
+    let count = delivered.len();
+    delivered.sort();
+    delivered.dedup();
+    assert_eq!(delivered.len(), count, "something was repeated");
+    let accepted: usize = counters.lock().unwrap().values().sum();
+    assert_eq!(count, accepted);
+    assert!(accepted > 20);
+}
+
+/// Posts on a connection for each event, so that a stop shows as a refused connection or a 503, never as a lost answer.
+fn post_until_stop(to: SocketAddr, counters: &Mutex<HashMap<usize, usize>>, stop: &AtomicBool) {
+    while !stop.load(Ordering::SeqCst) {
+        let number = counters.lock().unwrap().get(&0).copied().unwrap_or(0);
+        let body = event("lane0", &format!("0-{number:06}")).to_string();
+        let Ok(mut stream) = TcpStream::connect(to) else { continue };
+        let head = format!(
+            "POST /v1/events HTTP/1.1\r\nhost: {to}\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
+            body.len()
+        );
+        stream.write_all((head + &body).as_bytes()).ok();
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).ok();
+        if answer.starts_with(b"HTTP/1.1 202") {
+            counters.lock().unwrap().insert(0, number + 1);
+        }
+    }
+}
+
+#[test]
+fn a_queue_directory_that_is_gone_or_broken_is_built_anew_from_the_journal() {
+    let receiver = Receiver::start();
+    receiver.answer_status(500);
+    let text = config(receiver.address, "[backoff]\ninitial = \"200ms\"\nmax = \"400ms\"\n");
+    let mut dir = Arc::new(tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap());
+    let mut expected = Vec::new();
+    for (round, harm) in ["removed", "emptied", "flipped", "garbage"].into_iter().enumerate() {
+        let relay = Relay::start_in(dir, &text);
+        for number in 0..20 {
+            let id = format!("r{round}-{number:02}");
+            relay.queue(&event("a", &id));
+            expected.push(id);
+        }
+        relay.put_customer(&serde_json::json!({ "web_token": format!("off{round}"), "im_web_plugin_id": 12, "h5push": true, "toggle": "off" }));
+        // A checkpoint, so that the journal alone does not say everything.
+        let data = relay.data_dir();
+        dir = if round % 2 == 0 { relay.stop() } else { relay.kill() };
+        let (queue, db) = (data.join("queue"), data.join("queue/db"));
+        match harm {
+            "removed" => std::fs::remove_dir_all(&queue).unwrap(),
+            "emptied" => std::fs::write(&db, b"").unwrap(),
+            "flipped" => {
+                let mut bytes = std::fs::read(&db).unwrap();
+                for at in (0..bytes.len()).step_by(97) {
+                    bytes[at] ^= 0x10;
+                }
+                std::fs::write(&db, bytes).unwrap();
+            }
+            _ => std::fs::write(&db, vec![0xa5; 100_000]).unwrap(),
+        }
+    }
+    receiver.answer_status(200);
+    let relay = Relay::start_in(dir, &text);
+    assert_eq!(receiver.wait_delivered(expected.len()), expected);
+    for round in 0..4 {
+        assert_eq!(relay.toggle(&format!("web_token=off{round}&im_web_plugin_id=12"))["status_code"], 0, "round {round}");
+        assert_eq!(relay.post(&event("a", &format!("r{round}-03"))).json()["outcome"], "duplicate");
+    }
+    assert!(relay.log().contains("built anew"));
+}
+
+#[test]
+fn a_second_relay_on_the_same_data_is_kept_out() {
+    let receiver = Receiver::start();
+    let relay = Relay::start(&config(receiver.address, ""));
+    let mut second = Relay::spawn(Arc::clone(&relay.dir), &config(receiver.address, ""));
+    assert_eq!(second.wait().code(), Some(1));
+    assert!(second.log().contains("another h5push-relay is running on this data directory"));
+    relay.queue(&event("a", "m"));
+    receiver.wait_delivered(1);
+}

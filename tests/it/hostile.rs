@@ -1,0 +1,249 @@
+//! Bad input and bad peers: limits cut them off, and the others go on.
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::time::{Duration, Instant};
+
+use super::support::*;
+
+#[test]
+fn smuggled_and_broken_requests_store_nothing() {
+    let receiver = Receiver::start();
+    let relay = Relay::start(&config(receiver.address, ""));
+    let body = event("a", "m").to_string();
+    let head = format!("POST /v1/events HTTP/1.1\r\nhost: {}\r\ncontent-type: application/json\r\n", relay.local);
+    let requests = [
+        format!("{head}content-length: {}\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n", body.len()),
+        format!("{head}content-length: 3\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}", body.len()),
+        format!("{head}transfer-encoding: chunked\r\nconnection: close\r\n\r\nzz\r\n{body}\r\n0\r\n\r\n"),
+        format!("{head}content-length: -1\r\nconnection: close\r\n\r\n{body}"),
+        "POST /v1/events\r\n\r\n".to_owned(),
+        "\u{0}\u{1}\u{2}\r\n\r\n".to_owned(),
+        format!("{head}x-large: {}\r\ncontent-length: 0\r\n\r\n", "y".repeat(70_000)),
+        format!("{head}{}content-length: 0\r\n\r\n", "x-many: 1\r\n".repeat(200)),
+    ];
+    for (number, text) in requests.iter().enumerate() {
+        let response = exchange(relay.local, text.as_bytes());
+        assert!((400..500).contains(&response.status), "request {number}: {response:?}");
+    }
+    assert_eq!(relay.metric("h5push_events_total", &[("outcome", "queued")]), 0.0);
+    relay.queue(&event("a", "m"));
+    receiver.wait_delivered(1);
+}
+
+#[test]
+fn slow_and_idle_clients_are_cut_off_and_starve_nobody() {
+    let receiver = Receiver::start();
+    let relay = Relay::start(&config(receiver.address, "[local]\nmax_connections = 64"));
+    let mut slow: Vec<TcpStream> = (0..40)
+        .map(|number| {
+            let mut stream = TcpStream::connect(relay.local).unwrap();
+            let bytes: &[u8] = if number % 2 == 0 { b"POST /v1/ev" } else { b"" };
+            stream.write_all(bytes).unwrap();
+            stream
+        })
+        .collect();
+    let begun = Instant::now();
+    for number in 0..20 {
+        relay.queue(&event("a", &format!("m{number}")));
+    }
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    // A body that does not come is answered 408 within its limit.
+    let head = format!(
+        "POST /v1/events HTTP/1.1\r\nhost: {}\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{{",
+        relay.local
+    );
+    let begun = Instant::now();
+    let response = exchange(relay.local, head.as_bytes());
+    assert_eq!((response.status, response.code().as_str()), (408, "request_timeout"));
+    assert!(begun.elapsed() < Duration::from_secs(15));
+    // And the idle ones are closed.
+    let stream = slow.first_mut().unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(40))).unwrap();
+    let mut rest = Vec::new();
+    stream.read_to_end(&mut rest).unwrap();
+    assert!(begun.elapsed() < Duration::from_secs(40));
+}
+
+/// A receiver that does something else with each connection.
+fn misbehaving(act: impl Fn(TcpStream) + Send + Clone + 'static) -> std::net::SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let (stream, act) = (stream.unwrap(), act.clone());
+            std::thread::spawn(move || act(stream));
+        }
+    });
+    address
+}
+
+fn read_request(stream: &mut TcpStream) {
+    let mut bytes = [0; 65_536];
+    let read = stream.read(&mut bytes).unwrap_or(0);
+    assert!(read > 0 || bytes[0] == 0);
+}
+
+#[test]
+fn each_misbehaviour_of_a_receiver_costs_one_attempt_and_has_its_result() {
+    type Act = fn(TcpStream);
+    let acts: [(&str, Act); 7] = [
+        ("timeout", |mut stream| {
+            read_request(&mut stream);
+            std::thread::sleep(Duration::from_secs(60));
+        }),
+        ("timeout", |mut stream| {
+            read_request(&mut stream);
+            for byte in b"HTTP/1.1 200 OK\r\nx-slow: ".iter().chain(std::iter::repeat_n(&b'y', 1_000)) {
+                if stream.write_all(&[*byte]).is_err() {
+                    return;
+                }
+                std::thread::sleep(Duration::from_millis(100));
+            }
+        }),
+        ("timeout", |mut stream| {
+            read_request(&mut stream);
+            while stream.write_all(b"HTTP/1.1 100 Continue\r\n\r\n").is_ok() {
+                std::thread::sleep(Duration::from_millis(50));
+            }
+        }),
+        ("io", |mut stream| read_request(&mut stream)),
+        ("io", |mut stream| {
+            read_request(&mut stream);
+            stream.write_all(b"SSH-2.0-OpenSSH_9.2\r\n").ok();
+        }),
+        ("io", |mut stream| {
+            read_request(&mut stream);
+            let head = format!("HTTP/1.1 200 OK\r\n{}\r\n", "x-many: 1\r\n".repeat(5_000));
+            stream.write_all(head.as_bytes()).ok();
+        }),
+        ("ok", |mut stream| {
+            read_request(&mut stream);
+            stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 1000000000\r\n\r\n").ok();
+            let chunk = vec![b'x'; 1 << 20];
+            let mut sent = 0;
+            while stream.write_all(&chunk).is_ok() {
+                sent += 1;
+                assert!(sent < 64, "a gigabyte is not read");
+            }
+        }),
+    ];
+    let mut text = String::from("[push]\ntimeout = \"1s\"\n[backoff]\ninitial = \"1h\"\nmax = \"1h\"\n");
+    let dead = free_address();
+    for (number, (_, act)) in acts.iter().enumerate() {
+        let act = *act;
+        text += &format!("[endpoints.{}]\nurl = \"http://{}/\"\n", number + 1, misbehaving(act));
+    }
+    text += &format!("[endpoints.100]\nurl = \"http://{dead}/\"\n");
+    text += "[endpoints.101]\nurl = \"http://no-such-host.invalid/\"\n";
+    text += &format!("[endpoints.102]\nurl = \"https://{}/\"\n", misbehaving(|mut stream| read_request(&mut stream)));
+    let relay = Relay::start(&text);
+    let results: Vec<(u64, &str)> = acts
+        .iter()
+        .enumerate()
+        .map(|(number, (result, _))| (number as u64 + 1, *result))
+        .chain([(100, "connect"), (101, "connect"), (102, "tls")])
+        .collect();
+    for (plugin, _) in &results {
+        let mut event = event("a", &format!("m{plugin}"));
+        event["im_web_plugin_id"] = serde_json::json!(plugin);
+        relay.queue(&event);
+    }
+    for (plugin, result) in results {
+        let endpoint = plugin.to_string();
+        let labels = [("endpoint", endpoint.as_str()), ("result", result)];
+        relay.wait_metric("h5push_push_attempts_total", &labels, |count| count == 1.0);
+        let waiting = if result == "ok" { 0.0 } else { 1.0 };
+        relay.wait_metric("h5push_outbox_events", &[("endpoint", &endpoint)], |count| count == waiting);
+    }
+}
+
+#[test]
+fn statuses_are_counted_by_what_they_mean_and_redirects_not_followed() {
+    let receiver = Receiver::start();
+    let relay = Relay::start(&config(receiver.address, "[backoff]\ninitial = \"1h\"\nmax = \"1h\"\n"));
+    receiver.answer(|push| match push.customer().as_str() {
+        "redirected" => Answer::With(302, "location", "/elsewhere"),
+        "refused" => Answer::Status(404),
+        "failed" => Answer::Status(408),
+        _ => Answer::Status(204),
+    });
+    for customer in ["redirected", "refused", "failed", "well"] {
+        relay.queue(&event(customer, customer));
+    }
+    receiver.wait_pushes(4);
+    for (result, count) in [("ok", 1.0), ("refused", 1.0), ("error_status", 2.0)] {
+        relay.wait_metric("h5push_push_attempts_total", &[("endpoint", "12"), ("result", result)], |found| found == count);
+    }
+    assert!(receiver.pushes().iter().all(|push| push.path == "/push"));
+}
+
+#[test]
+fn a_pooled_connection_that_the_receiver_closed_delays_nothing() {
+    // Answers one request a connection with keep-alive, and closes it a little later.
+    let address = misbehaving(|mut stream| {
+        read_request(&mut stream);
+        stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").ok();
+        std::thread::sleep(Duration::from_millis(20));
+    });
+    let text = format!("[endpoints.12]\nurl = \"http://{address}/\"\n[backoff]\ninitial = \"1h\"\nmax = \"1h\"\n");
+    let relay = Relay::start(&text);
+    for number in 0..30 {
+        relay.queue(&event("a", &format!("m{number}")));
+        std::thread::sleep(Duration::from_millis(fastrand::u64(10..30)));
+    }
+    relay.wait_metric("h5push_messages_delivered_total", &[("endpoint", "12")], |count| count == 30.0);
+}
+
+#[test]
+fn pushes_go_over_tls_to_a_receiver_whose_ca_is_trusted_and_to_no_other() {
+    use std::sync::Arc;
+    let certified = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let key = rustls::pki_types::PrivateKeyDer::try_from(certified.signing_key.serialize_der()).unwrap();
+    let server = rustls::ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(vec![certified.cert.der().clone()], key)
+        .unwrap();
+    let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(server));
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).unwrap();
+    let port = listener.local_addr().unwrap().port();
+    runtime.spawn(async move {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        loop {
+            let (stream, _) = listener.accept().await.unwrap();
+            let acceptor = acceptor.clone();
+            tokio::spawn(async move {
+                let Ok(mut stream) = acceptor.accept(stream).await else { return };
+                let mut bytes = [0; 65_536];
+                while stream.read(&mut bytes).await.is_ok_and(|read| read > 0) {
+                    let answer = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n";
+                    if stream.write_all(answer).await.is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+    });
+    let dir = tempfile::tempdir().unwrap();
+    let ca = dir.path().join("ca.pem");
+    std::fs::write(&ca, certified.cert.pem()).unwrap();
+    let endpoint = format!("[endpoints.12]\nurl = \"https://localhost:{port}/\"\n");
+    let relay = Relay::start(&format!("{endpoint}[tls]\nextra_ca_file = {ca:?}\n"));
+    relay.queue(&event("a", "m0"));
+    relay.wait_metric("h5push_messages_delivered_total", &[("endpoint", "12")], |count| count == 1.0);
+    drop(relay);
+    let wrong_name = format!("[endpoints.13]\nurl = \"https://127.0.0.1:{port}/\"\n");
+    let relay = Relay::start(&format!("{endpoint}{wrong_name}"));
+    for plugin in [12, 13] {
+        let mut event = event("a", &format!("m{plugin}"));
+        event["im_web_plugin_id"] = serde_json::json!(plugin);
+        relay.queue(&event);
+        let name = plugin.to_string();
+        let labels = [("endpoint", name.as_str()), ("result", "tls")];
+        relay.wait_metric("h5push_push_attempts_total", &labels, |count| count >= 1.0);
+    }
+}

@@ -1,0 +1,159 @@
+//! What is full, refused, and given back.
+
+use serde_json::json;
+
+use super::support::*;
+
+#[test]
+fn a_full_outbox_refuses_the_whole_request_and_the_toggle_still_works() {
+    let receiver = Receiver::start();
+    receiver.answer_status(500);
+    let relay = Relay::start(&config(receiver.address, "[outbox]\nmax_events = 3\nmin_free_disk = 0"));
+    for number in 0..3 {
+        relay.queue(&event("a", &format!("m{number}")));
+    }
+    let response = relay.post(&event("a", "m3"));
+    assert_eq!((response.status, response.code().as_str()), (503, "outbox_full"));
+    assert!(response.header("retry-after").is_some());
+    let array = json!([event("b", "b0"), event("c", "c0")]).to_string();
+    assert_eq!(relay.post_text("application/json", &array).code(), "outbox_full");
+    assert_eq!(get(relay.local, "/v1/customers?web_token=b&im_web_plugin_id=12").status, 404, "nothing is stored");
+    assert_eq!(relay.post(&event("a", "m0")).json()["outcome"], "duplicate");
+    assert_eq!(relay.toggle("web_token=a&im_web_plugin_id=12&h5push=false")["code"], 1000);
+    relay.wait_metric("h5push_outbox_events", &[("endpoint", "12")], |count| count == 0.0);
+    relay.queue(&event("b", "b0"));
+    assert_eq!(relay.metric("h5push_outbox_capacity_events", &[]), 3.0);
+}
+
+#[test]
+fn a_full_endpoint_refuses_its_own_events_and_no_others() {
+    let receiver = Receiver::start();
+    let text = format!(
+        "[endpoints.12]\nurl = \"http://{0}/12\"\nmax_events = 2\n[endpoints.13]\nurl = \"http://{0}/13\"\n",
+        receiver.address
+    );
+    receiver.answer_status(500);
+    let relay = Relay::start(&text);
+    relay.queue(&event("a", "m0"));
+    let mut other = event("a", "x0");
+    other["im_web_plugin_id"] = json!(13);
+    let array = json!([event("a", "m1"), event("a", "m2"), other]).to_string();
+    let results = relay.post_text("application/json", &array).json()["results"].clone();
+    let outcomes: Vec<&str> =
+        results.as_array().unwrap().iter().map(|result| result["outcome"].as_str().unwrap()).collect();
+    assert_eq!(outcomes, ["queued", "refused", "queued"]);
+    assert_eq!(results[1]["error"]["code"], "endpoint_full");
+    let alone = relay.post(&event("a", "m2"));
+    assert_eq!((alone.status, alone.code().as_str()), (503, "endpoint_full"));
+    assert!(alone.header("retry-after").is_some());
+    // Posted again with the same id when there is room, it is no duplicate.
+    receiver.answer_status(200);
+    relay.wait_metric("h5push_outbox_events", &[("endpoint", "12")], |count| count == 0.0);
+    relay.queue(&event("a", "m2"));
+}
+
+#[test]
+fn a_disk_below_the_floor_refuses_events_and_is_not_ready() {
+    let receiver = Receiver::start();
+    let text = config(receiver.address, "[outbox]\nmin_free_disk = \"1000TiB\"");
+    let relay = Relay::spawn(std::sync::Arc::new(tempfile::tempdir().unwrap()), &text);
+    wait_until("the relay to listen", || std::net::TcpStream::connect(relay.metrics).is_ok());
+    wait_until("the answer", || get(relay.metrics, "/readyz").status == 503);
+    let response = relay.post(&event("a", "m0"));
+    assert_eq!((response.status, response.code().as_str()), (503, "disk_low"));
+    assert_eq!(get(relay.metrics, "/healthz").status, 200);
+    let free = relay.metric("h5push_store_free_bytes", &[]);
+    assert!(free > 0.0 && free < relay.metric("h5push_store_free_floor_bytes", &[]));
+}
+
+#[test]
+fn a_disk_that_another_program_fills_loses_nothing_that_was_acknowledged() {
+    // A file system of its own, small.
+    let mount = tempfile::tempdir().unwrap();
+    let mounted = std::process::Command::new("mount")
+        .args(["-t", "tmpfs", "-o", "size=220m", "tmpfs"])
+        .arg(mount.path())
+        .status()
+        .is_ok_and(|status| status.success());
+    if !mounted {
+        println!("SKIPPED: a file system cannot be mounted here (that needs root)");
+        return;
+    }
+    let result = std::panic::catch_unwind(|| fill(mount.path()));
+    std::process::Command::new("umount").arg("-l").arg(mount.path()).status().unwrap();
+    if let Err(panic) = result {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+fn fill(mount: &std::path::Path) {
+    let receiver = Receiver::start();
+    receiver.answer_status(500);
+    let dir = std::sync::Arc::new(tempfile::tempdir_in(mount).unwrap());
+    let text = config(receiver.address, "[outbox]\nmin_free_disk = 0\n[backoff]\ninitial = \"100ms\"\nmax = \"300ms\"\n");
+    let relay = Relay::start_in(dir, &text);
+    relay.queue(&event("a", "first"));
+    // Everything that is left goes to another program.
+    let ballast = mount.join("ballast");
+    let mut file = std::fs::File::create(&ballast).unwrap();
+    let chunk = vec![1u8; 1 << 20];
+    while std::io::Write::write_all(&mut file, &chunk).is_ok() {}
+    let mut accepted = vec!["first".to_owned()];
+    let mut refused = 0;
+    for number in 0..1_200 {
+        let id = format!("m{number:04}");
+        let mut event = event("a", &id);
+        event["messages"][0]["x"] = json!("y".repeat(200_000));
+        let response = relay.post(&event);
+        match response.status {
+            202 => accepted.push(id),
+            503 => {
+                assert_eq!(response.code(), "disk_low");
+                refused += 1;
+                if refused > 20 {
+                    break;
+                }
+            }
+            status => panic!("{status}: {response:?}"),
+        }
+    }
+    assert!(refused > 0, "the disk was never full");
+    assert!(accepted.len() > 10, "preallocated room is made use of");
+    std::fs::remove_file(ballast).unwrap();
+    wait_until("room again", || relay.post(&event("a", "after")).status == 202);
+    accepted.push("after".to_owned());
+    // Also over a crash in that state.
+    let dir = relay.kill();
+    receiver.answer_status(200);
+    let relay = Relay::start_in(dir, &text);
+    let delivered = receiver.wait_delivered(accepted.len());
+    assert_eq!(delivered, accepted);
+    drop(relay);
+}
+
+#[test]
+fn disk_is_given_back_when_what_waited_is_delivered() {
+    let receiver = Receiver::start();
+    receiver.answer_status(500);
+    let relay = Relay::start(&config(receiver.address, "[backoff]\ninitial = \"100ms\"\nmax = \"200ms\"\n"));
+    let mut large = event("a", "");
+    large["messages"][0]["x"] = json!("y".repeat(200_000));
+    for batch in 0..30 {
+        let lines: String = (0..30)
+            .map(|number| {
+                large["messages"][0]["message_id"] = json!(format!("m{batch}-{number}"));
+                large["web_token"] = json!(format!("c{number}"));
+                large.to_string() + "\n"
+            })
+            .collect();
+        assert_eq!(relay.post_text("application/x-ndjson", &lines).status, 202);
+    }
+    let journal = relay.data_dir().join("journal");
+    let full = bytes_below(&journal);
+    assert!(full > 180 << 20, "{full}");
+    receiver.answer_status(200);
+    relay.wait_metric("h5push_outbox_events", &[("endpoint", "12")], |count| count == 0.0);
+    // What remains is the segment that is being written and the one ahead.
+    wait_until("the journal to shrink", || bytes_below(&journal) <= 3 * (64 << 20));
+    assert_eq!(relay.metric("h5push_outbox_bytes", &[]), 0.0);
+}
