@@ -28,7 +28,56 @@ const PACED_SECONDS: u64 = 10;
 
 fn main() {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-    runtime.block_on(run());
+    // `cargo bench -- scale 10000000`: a backlog of so many events instead.
+    let arguments: Vec<String> = std::env::args().collect();
+    match arguments.iter().position(|argument| argument == "scale") {
+        Some(at) => {
+            let events = arguments.get(at + 1).and_then(|count| count.parse().ok()).unwrap_or(1_000_000);
+            runtime.block_on(scale(events));
+        }
+        None => runtime.block_on(run()),
+    }
+}
+
+/// A backlog of many events for an endpoint that is down: memory, disk, and how long a start takes with it.
+async fn scale(events: u64) {
+    let dead = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let mut relay = Relay::start(dead);
+    let customers = (events / 10).max(1);
+    println!("{events} waiting events of {customers} customers");
+    let took = post_all(relay.address, "/v1/events", (events, customers), 500, 0).await;
+    println!("accepted                                   {:>12.0} /s", events as f64 / took.as_secs_f64());
+    tokio::time::sleep(Duration::from_secs(6)).await;
+    println!("peak memory                                {:>12.0} MB", status_kb(relay.child.id(), "VmHWM:") / 1024.0);
+    println!(
+        "disk for one event                         {:>12.0} bytes",
+        bytes_below(relay.dir.path()) as f64 / events as f64
+    );
+    println!("payload of one event                       {:>12} bytes", event(events - 1, customers).len());
+    for (how, signal) in [("kill -9", "-KILL"), ("a clean stop", "-TERM")] {
+        Command::new("kill").args([signal, &relay.child.id().to_string()]).status().unwrap();
+        relay.child.wait().unwrap();
+        let begun = Instant::now();
+        relay = relay.again();
+        println!("start after {how:<28} {:>14.2} s", begun.elapsed().as_secs_f64());
+        println!(
+            "  peak memory of the start                 {:>12.0} MB",
+            status_kb(relay.child.id(), "VmHWM:") / 1024.0
+        );
+        println!(
+            "  memory then                              {:>12.0} MB",
+            status_kb(relay.child.id(), "VmRSS:") / 1024.0
+        );
+    }
+}
+
+fn bytes_below(dir: &Path) -> u64 {
+    let size = |entry: std::fs::DirEntry| match entry.metadata() {
+        Ok(metadata) if metadata.is_dir() => bytes_below(&entry.path()),
+        Ok(metadata) => metadata.len(),
+        Err(_) => 0,
+    };
+    std::fs::read_dir(dir).unwrap().map(|entry| size(entry.unwrap())).sum()
 }
 
 /// What the sink has seen.
@@ -46,20 +95,22 @@ async fn run() {
     let sink_address = listener.local_addr().unwrap();
     tokio::spawn(serve(listener, Arc::clone(&sink)));
 
-    println!("h5push-relay bench: {CONNECTIONS} connections, {CUSTOMERS} customers, {EVENTS} events of about 300 bytes");
+    println!(
+        "h5push-relay bench: {CONNECTIONS} connections, {CUSTOMERS} customers, {EVENTS} events of about 300 bytes"
+    );
     let sync = fdatasync_p50();
     println!("fdatasync of this disk, p50                {:>12.3} ms", sync.as_secs_f64() * 1e3);
 
     let mut ceilings = Vec::new();
     let mut relayed = Vec::new();
     for round in 0..3 {
-        let took = post_all(sink_address, "/", EVENTS, 1, round * EVENTS).await;
+        let took = post_all(sink_address, "/", (EVENTS, CUSTOMERS), 1, round * EVENTS).await;
         ceilings.push(EVENTS as f64 / took.as_secs_f64());
 
         let relay = Relay::start(sink_address);
         sink.messages.store(0, Ordering::SeqCst);
         let begun = Instant::now();
-        let accepted = post_all(relay.address, "/v1/events", EVENTS, 1, round * EVENTS).await;
+        let accepted = post_all(relay.address, "/v1/events", (EVENTS, CUSTOMERS), 1, round * EVENTS).await;
         wait_for(&sink, EVENTS).await;
         let delivered = begun.elapsed();
         relayed.push(EVENTS as f64 / delivered.as_secs_f64());
@@ -77,10 +128,13 @@ async fn run() {
     let relay = Relay::start(sink_address);
     sink.messages.store(0, Ordering::SeqCst);
     let begun = Instant::now();
-    let took = post_all(relay.address, "/v1/events", 5 * EVENTS, BATCH, 10 * EVENTS).await;
+    let took = post_all(relay.address, "/v1/events", (5 * EVENTS, CUSTOMERS), BATCH, 10 * EVENTS).await;
     println!("accepted in requests of {BATCH}                {:>12.0} /s", 5.0 * EVENTS as f64 / took.as_secs_f64());
     wait_for(&sink, 5 * EVENTS).await;
-    println!("  … and delivered                          {:>12.0} /s", 5.0 * EVENTS as f64 / begun.elapsed().as_secs_f64());
+    println!(
+        "  … and delivered                          {:>12.0} /s",
+        5.0 * EVENTS as f64 / begun.elapsed().as_secs_f64()
+    );
     drop(relay);
 
     let relay = Relay::start(sink_address);
@@ -97,7 +151,7 @@ async fn run() {
     let before = cpu_ticks(relay.child.id());
     tokio::time::sleep(Duration::from_secs(10)).await;
     let ticks = cpu_ticks(relay.child.id()) - before;
-    println!("idle: resident                             {:>12.1} MB", resident_kb(relay.child.id()) as f64 / 1024.0);
+    println!("idle: resident                             {:>12.1} MB", status_kb(relay.child.id(), "VmRSS:") / 1024.0);
     println!("idle: CPU of one core over 10 s            {:>12.2} %", ticks as f64 / 10.0);
 }
 
@@ -110,35 +164,54 @@ fn median(mut values: Vec<f64>) -> f64 {
 struct Relay {
     child: Child,
     address: SocketAddr,
-    _dir: tempfile::TempDir,
+    dir: Arc<tempfile::TempDir>,
 }
 
 impl Relay {
     fn start(sink: SocketAddr) -> Relay {
-        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let dir = Arc::new(tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap());
         let free = || std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let (address, metrics) = (free(), free());
         let config = dir.path().join("config.toml");
         let text = format!(
             "data_dir = {:?}\n[local]\nlisten = \"{address}\"\n[metrics]\nlisten = \"{metrics}\"\n\
-             [endpoints.default]\nurl = \"http://{sink}/push\"\nrate_per_second = 1e6\nburst = 100000\nconcurrency = 64\n\
-             [push]\nallow_networks = [\"127.0.0.0/8\"]\n",
+             [endpoints.default]\nurl = \"http://{sink}/push\"\nrate_per_second = 1e6\nburst = 100000\nconcurrency = 64\nmax_events = 100000000\n\
+             [outbox]\nmax_events = 100000000\n[push]\nallow_networks = [\"127.0.0.0/8\"]\n",
             dir.path().join("data"),
         );
         std::fs::write(&config, text).unwrap();
+        Relay::run(dir, address)
+    }
+
+    /// The same again, after it has ended.
+    fn again(&self) -> Relay {
+        Relay::run(Arc::clone(&self.dir), self.address)
+    }
+
+    fn run(dir: Arc<tempfile::TempDir>, address: SocketAddr) -> Relay {
         let child = Command::new(env!("CARGO_BIN_EXE_h5push-relay"))
             .arg("--config")
-            .arg(&config)
+            .arg(dir.path().join("config.toml"))
             .stdin(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
-        let deadline = Instant::now() + Duration::from_secs(20);
-        while std::net::TcpStream::connect(address).is_err() {
+        let relay = Relay { child, address, dir };
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while !relay.is_ready() {
             assert!(Instant::now() < deadline, "the relay does not start");
             std::thread::sleep(Duration::from_millis(20));
         }
-        Relay { child, address, _dir: dir }
+        relay
+    }
+
+    fn is_ready(&self) -> bool {
+        use std::io::{Read, Write};
+        let Ok(mut stream) = std::net::TcpStream::connect(self.address) else { return false };
+        let request = format!("GET /readyz HTTP/1.1\r\nhost: {}\r\nconnection: close\r\n\r\n", self.address);
+        stream.write_all(request.as_bytes()).unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).is_ok() && answer.starts_with("HTTP/1.1 200")
     }
 }
 
@@ -149,8 +222,8 @@ impl Drop for Relay {
     }
 }
 
-fn event(number: u64) -> String {
-    let customer = number % CUSTOMERS;
+fn event(number: u64, customers: u64) -> String {
+    let customer = number % customers;
     format!(
         concat!(
             r#"{{"web_token":"customer-{customer}","im_web_plugin_id":12,"h5push":true,"offline":true,"#,
@@ -164,7 +237,13 @@ fn event(number: u64) -> String {
 }
 
 /// Posts events from all connections, each the next as soon as the last is answered.
-async fn post_all(to: SocketAddr, path: &'static str, events: u64, batch: u64, first: u64) -> Duration {
+async fn post_all(
+    to: SocketAddr,
+    path: &'static str,
+    (events, customers): (u64, u64),
+    batch: u64,
+    first: u64,
+) -> Duration {
     let next = Arc::new(AtomicU64::new(0));
     let begun = Instant::now();
     let mut tasks = Vec::new();
@@ -177,7 +256,7 @@ async fn post_all(to: SocketAddr, path: &'static str, events: u64, batch: u64, f
                 if from >= events {
                     return;
                 }
-                let numbers = (from..(from + batch).min(events)).map(|number| event(first + number));
+                let numbers = (from..(from + batch).min(events)).map(|number| event(first + number, customers));
                 let (body, kind) = if batch == 1 {
                     (numbers.collect::<String>(), "application/json")
                 } else {
@@ -277,7 +356,7 @@ async fn paced(relay: &Relay, sink: &Arc<Sink>) -> Vec<Duration> {
             let mut sender = connect(to).await;
             for number in (lane..total).step_by(16) {
                 tokio::time::sleep_until(due(number).into()).await;
-                post(&mut sender, to, "/v1/events", "application/json", event(100 * EVENTS + number)).await;
+                post(&mut sender, to, "/v1/events", "application/json", event(100 * EVENTS + number, CUSTOMERS)).await;
             }
         }));
     }
@@ -315,8 +394,8 @@ fn cpu_ticks(pid: u32) -> u64 {
     fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
 }
 
-fn resident_kb(pid: u32) -> u64 {
+fn status_kb(pid: u32, name: &str) -> f64 {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+    let line = status.lines().find(|line| line.starts_with(name)).unwrap();
     line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }

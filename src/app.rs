@@ -96,8 +96,7 @@ impl App {
             bounds: PushBounds { messages_max: config.max_messages, bytes_max: config.max_bytes },
             logs_attempts: config.log_attempts,
         };
-        let relay =
-            Relay::new(schedule, store.clone(), deliverer, &config.endpoints, relay_settings, metrics.clone());
+        let relay = Relay::new(schedule, store.clone(), deliverer, &config.endpoints, relay_settings, metrics.clone());
         let (commands, asked) = mpsc::channel(relay::COMMANDS_MAX);
         let relay = tokio::spawn(relay.run(notices, asked));
         let api = Arc::new(new_api(&config, store.clone(), metrics, commands.clone()));

@@ -202,7 +202,7 @@ impl<'de> Deserialize<'de> for Positive {
 }
 
 macro_rules! table {
-    ($(#[$doc:meta])* $name:ident { $($key:ident: $kind:ty,)* }) => {
+    ($(#[$doc:meta])* $name:ident { $($key:ident: $kind:ty),* $(,)? }) => {
         $(#[$doc])*
         #[derive(Deserialize, Default)]
         #[serde(deny_unknown_fields, default)]
@@ -236,7 +236,7 @@ table!(LocalWritten {
     max_body_bytes: Size,
     max_connections: NonZeroU32,
 });
-table!(MetricsWritten { listen: SocketAddr, max_endpoints: usize, });
+table!(MetricsWritten { listen: SocketAddr, max_endpoints: usize });
 table!(OutboxWritten {
     max_events: u64,
     max_event_bytes: Size,
@@ -244,13 +244,8 @@ table!(OutboxWritten {
     dedupe_window: Time,
     dedupe_max: usize,
 });
-table!(GateWritten { require_h5push: bool, forget_after: Time, });
-table!(DefaultsWritten {
-    max_events: u64,
-    rate_per_second: Positive,
-    burst: NonZeroU32,
-    concurrency: NonZeroU32,
-});
+table!(GateWritten { require_h5push: bool, forget_after: Time });
+table!(DefaultsWritten { max_events: u64, rate_per_second: Positive, burst: NonZeroU32, concurrency: NonZeroU32 });
 table!(EndpointWritten {
     url: PushUrl,
     secret: String,
@@ -272,11 +267,11 @@ table!(PushWritten {
     allow_http: bool,
     allow_networks: Vec<IpNet>,
 });
-table!(BackoffWritten { initial: Time, multiplier: Positive, max: Time, randomization: f64, });
-table!(BreakerWritten { failures: NonZeroU32, });
-table!(DeadLettersWritten { keep: Time, max: u64, });
-table!(TlsWritten { extra_ca_file: PathBuf, });
-table!(LogWritten { level: String, format: LogFormat, attempts: bool, });
+table!(BackoffWritten { initial: Time, multiplier: Positive, max: Time, randomization: f64 });
+table!(BreakerWritten { failures: NonZeroU32 });
+table!(DeadLettersWritten { keep: Time, max: u64 });
+table!(TlsWritten { extra_ca_file: PathBuf });
+table!(LogWritten { level: String, format: LogFormat, attempts: bool });
 
 /// How log lines look.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
@@ -423,8 +418,8 @@ impl Config {
     /// # Errors
     /// It cannot be read, or is wrong.
     pub fn read(path: &Path) -> Result<Config, ConfigError> {
-        let text = std::fs::read_to_string(path)
-            .map_err(|error| ConfigError::Unreadable { path: path.to_owned(), error })?;
+        let text =
+            std::fs::read_to_string(path).map_err(|error| ConfigError::Unreadable { path: path.to_owned(), error })?;
         Config::parse(&text, path)
     }
 
@@ -592,8 +587,8 @@ fn secret(key: &str, inline: Option<String>, file: Option<PathBuf>) -> Result<Op
         (Some(text), None) => Ok(Some(Secret(text))),
         (None, Some(path)) => {
             let path = expand(&path);
-            let text = std::fs::read_to_string(&path)
-                .map_err(|error| format!("{key}_file: {}: {error}", path.display()))?;
+            let text =
+                std::fs::read_to_string(&path).map_err(|error| format!("{key}_file: {}: {error}", path.display()))?;
             Ok(Some(Secret(text.trim_end_matches(['\r', '\n']).to_owned())))
         }
         (None, None) => Ok(None),

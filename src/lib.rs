@@ -1,3 +1,30 @@
+//! `h5push-relay`: takes events posted on localhost, keeps them durably, and relays them in order to H5 push addresses.
+//!
+//! The promise: after the 202 an event is never lost, never out of order for its customer, never sent where it must not
+//! go, and never waits on someone else's broken server.
+//!
+//! ```text
+//! IM server ─POST─> api ─> store::post (gate, duplicates; on stable storage, then 202)
+//!                             │ Notice::Durable, in the order of the journal
+//!                         relay: domain::schedule picks a lane that is due, an endpoint that has room
+//!                             │ Start (events of one lane)
+//!                         attempt: read, compose, deliverer ─> Report (what was seen)
+//!                         domain::outcome ─> Verdict  (what it means: the one table of statuses)
+//!                         domain::schedule ─> Outcome (what follows: settled | deferred | to be buried)
+//!                             │ Note
+//!                         store::note (written behind the journal, before the lane is free again)
+//! ```
+//!
+//! | module | owns | may use |
+//! | --- | --- | --- |
+//! | [`domain`] | every rule; plain data, no clock, no chance, no I/O | nothing of the others |
+//! | [`store`] | journal, sled, checkpoints, dead letters | domain, metrics, clock |
+//! | [`relay`] | the schedule's task, attempts, connections to receivers | domain, store, metrics, config, clock |
+//! | [`api`] | listeners, requests, answers | domain, store, relay's questions, metrics, config, clock |
+//! | [`config`] | the file as written and as needed | domain |
+//! | [`app`] | wiring, start, stop | all of these |
+//! | [`cli`] | arguments, subcommands, exit codes | app |
+
 pub mod api;
 pub mod app;
 pub mod cli;

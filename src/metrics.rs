@@ -4,8 +4,8 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use prometheus::{
-    Counter, CounterVec, Encoder as _, Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec,
-    IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+    Counter, CounterVec, Encoder as _, Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge,
+    IntGaugeVec, Opts, Registry, TextEncoder,
 };
 
 use crate::domain::endpoint::EndpointName;
@@ -18,8 +18,10 @@ pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4";
 /// Endpoints beyond `metrics.max_endpoints` are counted together under this label.
 const OTHER: &str = "other";
 
-const ATTEMPT_BUCKETS: &[f64] =
-    &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 15.0];
+/// The path that nearly all requests are for.
+const EVENTS_PATH: &str = "/v1/events";
+
+const ATTEMPT_BUCKETS: &[f64] = &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 15.0];
 const LATENCY_BUCKETS: &[f64] = &[
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 1_800.0, 7_200.0, 36_000.0,
     86_400.0,
@@ -103,9 +105,7 @@ impl Endpoints {
         let metrics = Arc::new(EndpointMetrics {
             attempts: AttemptResult::ALL
                 .iter()
-                .map(|result| {
-                    (result.as_str(), self.attempts.with_label_values(&[label.as_str(), result.as_str()]))
-                })
+                .map(|result| (result.as_str(), self.attempts.with_label_values(&[label.as_str(), result.as_str()])))
                 .collect(),
             messages_delivered: self.messages_delivered.with_label_values(&[&label]),
             rate_limited_seconds: self.rate_limited_seconds.with_label_values(&[&label]),
@@ -166,6 +166,9 @@ pub struct Metrics {
     /// Of the store.
     pub store: StoreMetrics,
     events: IntCounterVec,
+    /// Looked up once: these two are counted for nearly every event.
+    queued: IntCounter,
+    accepted_requests: IntCounter,
     /// Time of an attempt, head of the answer included.
     pub push_seconds: Histogram,
     /// From acceptance to delivery.
@@ -208,8 +211,7 @@ const REJECTED: [&str; 2] = ["invalid_event", "too_large"];
 /// Codes of refusals, for metrics that start at 0.
 const REFUSED: [&str; 4] = ["outbox_full", "endpoint_full", "disk_low", "stopping"];
 /// What the store does that can fail.
-const STORE_OPS: [&str; 9] =
-    ["append", "sync", "queue", "read", "bury", "checkpoint", "allocate", "expire", "compact"];
+const STORE_OPS: [&str; 9] = ["append", "sync", "queue", "read", "bury", "checkpoint", "allocate", "expire", "compact"];
 /// What can be damaged.
 const DAMAGE: [&str; 6] = ["journal", "torn_tail", "queue", "checkpoint", "dead_letters", "state_log"];
 
@@ -253,7 +255,17 @@ impl Metrics {
                 endpoint,
             )?,
         });
+        let events = make.counters("h5push_events_total", "Events posted, by outcome.", &["outcome", "reason"])?;
+        let local_requests = make.counters(
+            "h5push_local_requests_total",
+            "Requests on the local listener, by path and status.",
+            &["path", "code"],
+        )?;
         let metrics = Metrics {
+            queued: events.with_label_values(&["queued", ""]),
+            accepted_requests: local_requests.with_label_values(&[EVENTS_PATH, "202"]),
+            events,
+            local_requests,
             store: StoreMetrics {
                 sync_seconds: make.histogram(
                     "h5push_store_sync_duration_seconds",
@@ -261,18 +273,9 @@ impl Metrics {
                     ACCEPT_BUCKETS,
                 )?,
                 errors: make.counters("h5push_store_errors_total", "Failures of the store.", &["op"])?,
-                damage: make.counters(
-                    "h5push_store_damage_total",
-                    "Damage found in the store's files.",
-                    &["what"],
-                )?,
+                damage: make.counters("h5push_store_damage_total", "Damage found in the store's files.", &["what"])?,
                 endpoints: Arc::clone(&endpoints),
             },
-            events: make.counters(
-                "h5push_events_total",
-                "Events posted, by outcome.",
-                &["outcome", "reason"],
-            )?,
             push_seconds: make.histogram(
                 "h5push_push_duration_seconds",
                 "Time of an attempt at a push.",
@@ -291,10 +294,7 @@ impl Metrics {
             outbox_events: make.gauges("h5push_outbox_events", "Events that wait.", endpoint)?,
             outbox_bytes: make.gauge("h5push_outbox_bytes", "Bytes of records that wait, about.")?,
             outbox_oldest: make.register(GaugeVec::new(
-                Opts::new(
-                    "h5push_outbox_oldest_age_seconds",
-                    "Age of the oldest event that waits; 0 when none does.",
-                ),
+                Opts::new("h5push_outbox_oldest_age_seconds", "Age of the oldest event that waits; 0 when none does."),
                 endpoint,
             )?)?,
             in_flight: make.gauges("h5push_in_flight", "Attempts in flight.", endpoint)?,
@@ -305,11 +305,6 @@ impl Metrics {
             free_floor_bytes: make
                 .real("h5push_store_free_floor_bytes", "Free space below which events are refused.")?,
             store_bytes: make.real("h5push_store_bytes", "Bytes of the data directory.")?,
-            local_requests: make.counters(
-                "h5push_local_requests_total",
-                "Requests on the local listener, by path and status.",
-                &["path", "code"],
-            )?,
             withdrawn: make.register(IntCounter::new(
                 "h5push_withdrawn_total",
                 "Events withdrawn: toggled off, or customer forgotten.",
@@ -319,16 +314,7 @@ impl Metrics {
             registry: registry.clone(),
         };
         metrics.start_at_zero();
-        let build = make.gauges("h5push_build_info", "The build that runs.", &["version", "revision"])?;
-        let revision = option_env!("H5PUSH_REVISION").unwrap_or("unknown");
-        build.with_label_values(&[env!("CARGO_PKG_VERSION"), revision]).set(1);
-        let reload = make.gauge(
-            "h5push_config_last_reload_successful",
-            "Whether the config that was read last is the one that runs.",
-        )?;
-        reload.set(1);
-        let collector = prometheus::process_collector::ProcessCollector::for_self();
-        registry.register(Box::new(collector))?;
+        make.constants()?;
         Ok(metrics)
     }
 
@@ -364,7 +350,7 @@ impl Metrics {
     /// Counts events.
     pub fn count_events(&self, outcome: EventOutcome, count: u64) {
         let (outcome, reason) = match outcome {
-            EventOutcome::Queued => ("queued", ""),
+            EventOutcome::Queued => return self.queued.inc_by(count),
             EventOutcome::Duplicate => ("duplicate", ""),
             EventOutcome::Suppressed(reason) => ("suppressed", reason.as_str()),
             EventOutcome::Rejected(code) => ("rejected", code),
@@ -375,6 +361,9 @@ impl Metrics {
 
     /// Counts a request on `[local]`. `path` is a route, never what was asked for.
     pub fn count_request(&self, path: &'static str, code: u16) {
+        if path == EVENTS_PATH && code == 202 {
+            return self.accepted_requests.inc();
+        }
         self.local_requests.with_label_values(&[path, code.to_string().as_str()]).inc();
     }
 
@@ -427,6 +416,21 @@ impl Maker<'_> {
     fn register<C: prometheus::core::Collector + Clone + 'static>(&self, metric: C) -> Result<C, prometheus::Error> {
         self.registry.register(Box::new(metric.clone()))?;
         Ok(metric)
+    }
+
+    /// What stays as it is while the process runs.
+    fn constants(&self) -> Result<(), prometheus::Error> {
+        let build = self.gauges("h5push_build_info", "The build that runs.", &["version", "revision"])?;
+        let revision = option_env!("H5PUSH_REVISION").unwrap_or("unknown");
+        build.with_label_values(&[env!("CARGO_PKG_VERSION"), revision]).set(1);
+        let reload = self.gauge(
+            "h5push_config_last_reload_successful",
+            "Whether the config that was read last is the one that runs.",
+        )?;
+        reload.set(1);
+        let collector = prometheus::process_collector::ProcessCollector::for_self();
+        self.registry.register(Box::new(collector))?;
+        Ok(())
     }
 
     fn counters(&self, name: &str, help: &str, labels: &[&str]) -> Result<IntCounterVec, prometheus::Error> {

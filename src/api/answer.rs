@@ -65,9 +65,7 @@ impl Code {
             Code::RequestTimeout => StatusCode::REQUEST_TIMEOUT,
             Code::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
             Code::UnsupportedMediaType => StatusCode::UNSUPPORTED_MEDIA_TYPE,
-            Code::OutboxFull | Code::EndpointFull | Code::DiskLow | Code::Stopping => {
-                StatusCode::SERVICE_UNAVAILABLE
-            }
+            Code::OutboxFull | Code::EndpointFull | Code::DiskLow | Code::Stopping => StatusCode::SERVICE_UNAVAILABLE,
         }
     }
 

@@ -6,8 +6,8 @@ use hyper::StatusCode;
 use serde::Serialize;
 use serde_json::value::RawValue;
 
-use super::answer::{self, Answer, ApiError, Code, ErrorBody, error};
 use super::Api;
+use super::answer::{self, Answer, ApiError, Code, ErrorBody, error};
 use crate::clock;
 use crate::domain::event::{Event, JSON_SPACE};
 use crate::domain::gate::Suppressed;
@@ -169,9 +169,7 @@ fn outcome<'a>(id: Option<&'a str>, verdict: &'a Verdict, full: &'a ApiError) ->
         Verdict::Posted(Posted::Suppressed(reason)) => {
             Outcome { outcome: "suppressed", reason: Some(reason.as_str()), ..plain }
         }
-        Verdict::Posted(Posted::EndpointFull) => {
-            Outcome { outcome: "refused", error: Some(full.body()), ..plain }
-        }
+        Verdict::Posted(Posted::EndpointFull) => Outcome { outcome: "refused", error: Some(full.body()), ..plain },
         Verdict::Invalid(error) => Outcome { outcome: "rejected", error: Some(error.body()), ..plain },
     }
 }

@@ -70,12 +70,7 @@ pub(super) async fn answer(api: &Api, request: Request<Incoming>, is_tcp: bool) 
     answer
 }
 
-async fn handle(
-    api: &Api,
-    route: Option<Route>,
-    request: Request<Incoming>,
-    is_tcp: bool,
-) -> Result<Answer, ApiError> {
+async fn handle(api: &Api, route: Option<Route>, request: Request<Incoming>, is_tcp: bool) -> Result<Answer, ApiError> {
     if is_tcp {
         check_browser(request.headers(), request.uri(), &api.local.allowed_hosts)?;
     }

@@ -103,14 +103,8 @@ impl Api {
             .collect();
         for (name, dead_letters) in dead {
             if dead_letters > 0 && !endpoints.iter().any(|endpoint| endpoint.name == name) {
-                let gone = EndpointNow {
-                    name,
-                    events: 0,
-                    oldest_age_seconds: 0.0,
-                    in_flight: 0,
-                    is_up: true,
-                    dead_letters,
-                };
+                let gone =
+                    EndpointNow { name, events: 0, oldest_age_seconds: 0.0, in_flight: 0, is_up: true, dead_letters };
                 endpoints.push(gone);
             }
         }

@@ -68,7 +68,9 @@ pub fn run() -> ExitCode {
     }));
     let result = match arguments.command {
         None => read_config(arguments.config, arguments.data_dir).and_then(daemon::run),
-        Some(Call::CheckConfig) => read_config(arguments.config, arguments.data_dir).and_then(|config| check::print(&config)),
+        Some(Call::CheckConfig) => {
+            read_config(arguments.config, arguments.data_dir).and_then(|config| check::print(&config))
+        }
         Some(Call::Demo) => demo::run(),
         Some(Call::Receiver { listen, secret, fail }) => receiver::run(listen, secret.as_deref(), fail),
     };

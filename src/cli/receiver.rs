@@ -57,9 +57,8 @@ fn verify(received: &Received, keys: &SigningKeys) -> Result<(), &'static str> {
     if signature.is_empty() {
         return Err("missing");
     }
-    let is_fresh = timestamp
-        .parse::<u64>()
-        .is_ok_and(|seconds| seconds.abs_diff(clock::wall_ms() / 1_000) <= TOLERANCE_S);
+    let is_fresh =
+        timestamp.parse::<u64>().is_ok_and(|seconds| seconds.abs_diff(clock::wall_ms() / 1_000) <= TOLERANCE_S);
     if is_fresh && keys.verify(id, timestamp, &received.body, signature) { Ok(()) } else { Err("wrong") }
 }
 

@@ -98,8 +98,7 @@ impl<'a> Event<'a> {
         if depth(text.as_bytes()) > DEPTH_MAX {
             return Err(invalid("event", format!("nested deeper than {DEPTH_MAX} levels")));
         }
-        let fields: Fields<'a> =
-            serde_json::from_str(text).map_err(|error| invalid("event", error.to_string()))?;
+        let fields: Fields<'a> = serde_json::from_str(text).map_err(|error| invalid("event", error.to_string()))?;
         let web_token = bounded(fields.web_token, "web_token", TOKEN_BYTES_MAX)?
             .ok_or_else(|| invalid("web_token", "is required"))?;
         let plugin = match fields.im_web_plugin_id {
@@ -196,9 +195,7 @@ fn bounded<'a>(
 }
 
 fn boolean(raw: Option<&RawValue>, field: &'static str) -> Result<Option<bool>, Invalid> {
-    raw.map(|raw| serde_json::from_str(raw.get()))
-        .transpose()
-        .map_err(|_| invalid(field, "must be true or false"))
+    raw.map(|raw| serde_json::from_str(raw.get())).transpose().map_err(|_| invalid(field, "must be true or false"))
 }
 
 fn messages(raw: Option<&RawValue>) -> Result<Messages<'_>, Invalid> {

@@ -79,12 +79,7 @@ mod tests {
     use super::*;
 
     fn defaults() -> Backoff {
-        Backoff {
-            initial: Duration::from_secs(1),
-            multiplier: 2.0,
-            max: Duration::from_secs(300),
-            randomization: 0.5,
-        }
+        Backoff { initial: Duration::from_secs(1), multiplier: 2.0, max: Duration::from_secs(300), randomization: 0.5 }
     }
 
     #[test]

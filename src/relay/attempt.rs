@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 use bytes::Bytes;
 
-use super::deliverer::{Deliverer, Push, Target};
 use super::Settings;
+use super::deliverer::{Deliverer, Push, Target};
 use crate::clock;
 use crate::domain::endpoint::EndpointName;
 use crate::domain::keys::HashKey;

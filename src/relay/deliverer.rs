@@ -28,8 +28,6 @@ use crate::clock;
 use crate::config::Endpoint;
 use crate::domain::outcome::{self, Report};
 
-/// Idle connections kept for an endpoint.
-const IDLE_MAX: usize = 32;
 /// How long a connection is kept idle: receivers commonly close them after 60 s or more.
 const IDLE_LIMIT: Duration = Duration::from_secs(30);
 /// An answer's body is read up to this, then its connection is dropped.
@@ -77,7 +75,7 @@ impl Target {
 
     fn give_back(&self, sender: SendRequest<Full<Bytes>>) {
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
-        if idle.len() < IDLE_MAX && !sender.is_closed() {
+        if idle.len() < self.endpoint.limits.concurrency as usize && !sender.is_closed() {
             idle.push(Idle { sender, since: clock::now() });
         }
     }
@@ -148,8 +146,7 @@ impl Deliverer {
         let (usable, unusable) = roots.add_parsable_certificates(native.certs);
         tracing::debug!(usable, unusable, "trusted certificates of the system");
         if let Some(path) = extra_ca_file {
-            let wrong =
-                |problem: String| TlsError::ExtraCa { path: path.display().to_string(), problem };
+            let wrong = |problem: String| TlsError::ExtraCa { path: path.display().to_string(), problem };
             use rustls::pki_types::pem::PemObject as _;
             let certs = rustls::pki_types::CertificateDer::pem_file_iter(path)
                 .and_then(Iterator::collect::<Result<Vec<_>, _>>)
@@ -230,7 +227,10 @@ impl Deliverer {
     async fn connect(&self, uri: &Uri) -> Result<SendRequest<Full<Bytes>>, Report> {
         let mut connector = self.connector.clone();
         let stream = connector.call(uri.clone()).await.map_err(|error| {
-            let is_dial = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref).is_some_and(|inner| inner.is::<DialError>())
+            let is_dial = error
+                .downcast_ref::<io::Error>()
+                .and_then(io::Error::get_ref)
+                .is_some_and(|inner| inner.is::<DialError>())
                 || error.is::<DialError>();
             if is_dial {
                 Report::Connect

@@ -12,8 +12,8 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 
 use self::attempt::{Done, Flight, Job};
-pub use self::deliverer::{Deliverer, TlsError};
 use self::deliverer::Target;
+pub use self::deliverer::{Deliverer, TlsError};
 pub use self::limits::max_in_flight;
 use crate::clock;
 use crate::config::Endpoint;
@@ -174,7 +174,9 @@ impl Relay {
             }
             self.write_notes();
             self.reap();
-            if self.attempts.is_empty() && let Some(drained) = self.drain.take() {
+            if self.attempts.is_empty()
+                && let Some(drained) = self.drain.take()
+            {
                 // Nobody waits any more.
                 drained.send(()).ok();
             }
@@ -198,7 +200,7 @@ impl Relay {
                 }
                 self.schedule.backlog.open(slot, segment);
             }
-            Notice::Durable { items, end } => {
+            Notice::Durable { items, end, answers } => {
                 let now = clock::micros();
                 for item in items {
                     match item {
@@ -216,6 +218,7 @@ impl Relay {
                     }
                 }
                 self.heard = end;
+                answers.send();
             }
             Notice::Snapshot(reply) => {
                 let marks = self.schedule.backlog.marks().collect();
@@ -228,12 +231,7 @@ impl Relay {
     }
 
     fn move_events(&mut self, compacted: Compacted) {
-        self.schedule.move_events(
-            compacted.old_slot,
-            compacted.new_slot,
-            compacted.segment,
-            &compacted.events,
-        );
+        self.schedule.move_events(compacted.old_slot, compacted.new_slot, compacted.segment, &compacted.events);
         // The store has ended.
         compacted.done.send(()).ok();
     }
@@ -257,12 +255,7 @@ impl Relay {
             self.metrics.withdrawn.inc_by(count - u64::from(found.in_flight));
             withdrawn += count;
             let seqs = self.seqs(&found.events);
-            self.notes.push(Note::Settled {
-                lane,
-                ending: Ending::Withdrawn,
-                retry_is_over: found.had_retry,
-                seqs,
-            });
+            self.notes.push(Note::Settled { lane, ending: Ending::Withdrawn, retry_is_over: found.had_retry, seqs });
         }
         self.write_notes();
         let synced = self.store.sync();
@@ -478,11 +471,8 @@ impl Relay {
     }
 
     fn view(&mut self) -> View {
-        let views: Vec<EndpointView> = self
-            .schedule
-            .endpoints()
-            .filter(|view| self.targets.contains_key(&view.name) || view.events > 0)
-            .collect();
+        let views: Vec<EndpointView> =
+            self.schedule.endpoints().filter(|view| self.targets.contains_key(&view.name) || view.events > 0).collect();
         for view in &views {
             let before = self.rate_limited.insert(view.name, view.rate_limited).unwrap_or(0);
             let seconds = Duration::from_micros(view.rate_limited.saturating_sub(before)).as_secs_f64();
@@ -513,4 +503,3 @@ async fn sleep_until(at: Option<u64>) {
 fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
-

@@ -110,6 +110,9 @@ pub(super) struct Ticket {
     pub done: oneshot::Receiver<Result<(), Refusal>>,
 }
 
+/// A customer after a change, and what to wait for.
+pub(super) type Changed = (Customer, Option<Ticket>);
+
 /// Either what was decided, or which rows must be fetched first.
 pub(super) enum Step<T> {
     Done(T),
@@ -125,6 +128,8 @@ pub(super) struct Admission {
     pub pending: Vec<Request>,
     pub is_stopping: bool,
     pub is_disk_low: bool,
+    /// The journal's thread sleeps: it is to be woken when something is staged.
+    pub is_writer_idle: bool,
     undurable: HashSet<EventKey>,
     next_ticket: u64,
     waiting: u64,
@@ -151,6 +156,7 @@ impl Admission {
             pending: Vec::new(),
             is_stopping: false,
             is_disk_low: false,
+            is_writer_idle: false,
             undurable: HashSet::new(),
             next_ticket: 1,
             waiting: 0,
@@ -261,7 +267,7 @@ impl Admission {
         must_exist: bool,
         now_s: u64,
         withdraw: Option<oneshot::Sender<u64>>,
-    ) -> Result<Step<Option<(Customer, Option<Ticket>)>>, Refusal> {
+    ) -> Result<Step<Option<Changed>>, Refusal> {
         self.check_open()?;
         let mut missing = Vec::new();
         self.collect_missing(plugin, web_token, hearing, &mut missing);
@@ -433,13 +439,7 @@ impl Admission {
     }
 
     /// The customer after `hearing`, and what changes. The rows are in the cache.
-    fn hear(
-        &mut self,
-        plugin: Plugin,
-        web_token: &str,
-        hearing: &Hearing,
-        now_s: u64,
-    ) -> (Customer, Vec<StateChange>) {
+    fn hear(&mut self, plugin: Plugin, web_token: &str, hearing: &Hearing, now_s: u64) -> (Customer, Vec<StateChange>) {
         let before = self.known(plugin, web_token, now_s);
         let base = before.clone().unwrap_or_else(|| Customer::new(web_token, plugin));
         let after = base.after(hearing, now_s, self.rules.forget_after_s);

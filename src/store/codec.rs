@@ -251,7 +251,13 @@ mod tests {
     #[test]
     fn every_kind_of_record_reads_back() {
         let records = [
-            Record::Opened(Opened { identity: [3; 32], segment: 9, previous: Some((8, 77)), generation: 0, version: "0.1.0" }),
+            Record::Opened(Opened {
+                identity: [3; 32],
+                segment: 9,
+                previous: Some((8, 77)),
+                generation: 0,
+                version: "0.1.0",
+            }),
             accepted(),
             Record::Settled(Settled {
                 lane: LaneKey(1),

@@ -101,10 +101,7 @@ fn rewrite(inner: &Inner, queue: &Queue, mark: &GroupMark) -> Result<(), QueueEr
         return Ok(());
     };
     let (done, told) = std::sync::mpsc::channel();
-    let events = events
-        .iter()
-        .map(|(entry, lane)| (entry.seq, entry.offset, entry.len, *lane, entry.second))
-        .collect();
+    let events = events.iter().map(|(entry, lane)| (entry.seq, entry.offset, entry.len, *lane, entry.second)).collect();
     let compacted = Compacted { segment: mark.segment, old_slot, new_slot, events, done };
     drop(inner.notices.blocking_send(Notice::SegmentCompacted(compacted)));
     if told.recv().is_ok() {
@@ -123,12 +120,7 @@ struct Copy<'a> {
 }
 
 impl Copy<'_> {
-    fn keep(
-        &mut self,
-        frame: &Frame,
-        mark: &GroupMark,
-        events: &mut Vec<(IndexEntry, LaneKey)>,
-    ) -> io::Result<()> {
+    fn keep(&mut self, frame: &Frame, mark: &GroupMark, events: &mut Vec<(IndexEntry, LaneKey)>) -> io::Result<()> {
         let Some(mut entry) = recover::index_entry(frame) else { return Ok(()) };
         let place = (entry.seq - first_seq(mark.segment)) as usize;
         if mark.settled.get(place / 64).is_none_or(|word| word >> (place % 64) & 1 == 1) {

@@ -59,12 +59,7 @@ pub(super) struct DeadFound {
 
 impl DeadLetters {
     /// Opens the directory and reads what came after the mark.
-    pub(super) fn open(
-        dir: PathBuf,
-        mark: &DeadMark,
-        keep_s: u64,
-        max: u64,
-    ) -> io::Result<(DeadLetters, DeadFound)> {
+    pub(super) fn open(dir: PathBuf, mark: &DeadMark, keep_s: u64, max: u64) -> io::Result<(DeadLetters, DeadFound)> {
         std::fs::create_dir_all(&dir)?;
         let mut found = DeadFound::default();
         let mut files = VecDeque::new();
@@ -94,8 +89,14 @@ impl DeadLetters {
             file.sync_all()?;
             files.push_back(state);
         }
-        let letters =
-            DeadLetters { dir, files, dropped: mark.dropped.clone(), active: None, keep_ms: keep_s.saturating_mul(1_000), max };
+        let letters = DeadLetters {
+            dir,
+            files,
+            dropped: mark.dropped.clone(),
+            active: None,
+            keep_ms: keep_s.saturating_mul(1_000),
+            max,
+        };
         Ok((letters, found))
     }
 
@@ -140,13 +141,7 @@ impl DeadLetters {
         let file = File::options().read(true).write(true).create(true).truncate(true).open(path)?;
         segment::sync_dir(&self.dir)?;
         self.active = Some(file);
-        self.files.push_back(DeadFile {
-            number,
-            len: 0,
-            begun_ms: now_ms,
-            newest_ms: now_ms,
-            counts: BTreeMap::new(),
-        });
+        self.files.push_back(DeadFile { number, len: 0, begun_ms: now_ms, newest_ms: now_ms, counts: BTreeMap::new() });
         Ok(())
     }
 

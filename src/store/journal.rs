@@ -129,9 +129,9 @@ impl Writer {
 
     /// Whether the next group belongs into a new segment.
     pub(super) fn wants_roll(&self, events: usize) -> bool {
-        self.active.as_ref().is_none_or(|active| {
-            active.len >= self.segment_bytes || active.events as usize + events >= PLACES_MAX - 1
-        })
+        self.active
+            .as_ref()
+            .is_none_or(|active| active.len >= self.segment_bytes || active.events as usize + events >= PLACES_MAX - 1)
     }
 
     /// Seals the active segment and begins the next.

@@ -285,6 +285,9 @@ impl<'a> Keeper<'a> {
         let mut ticked = Duration::ZERO;
         loop {
             let is_ending = self.inner.is_ending.load(Ordering::SeqCst);
+            if self.inner.is_crashing.load(Ordering::SeqCst) {
+                return;
+            }
             let durable = *lock(&self.inner.durable);
             self.apply(durable);
             let now = clock::monotonic();
@@ -301,14 +304,19 @@ impl<'a> Keeper<'a> {
             if is_ending {
                 return;
             }
-            let waiting = lock(&self.inner.durable);
-            if *waiting == durable {
-                drop(self.inner.durable_moved.wait_timeout(waiting, TICK).unwrap_or_else(PoisonError::into_inner));
-            }
+            self.wait_for_more(durable);
             // Groups come by the thousand; what waits here only waits for its rows.
             if !self.inner.is_ending.load(Ordering::SeqCst) {
                 std::thread::sleep(GATHER);
             }
+        }
+    }
+
+    /// Sleeps until more is durable, or the next tick.
+    fn wait_for_more(&self, than: Position) {
+        let durable = lock(&self.inner.durable);
+        if *durable == than {
+            drop(self.inner.durable_moved.wait_timeout(durable, TICK).unwrap_or_else(PoisonError::into_inner));
         }
     }
 
@@ -380,9 +388,8 @@ impl<'a> Keeper<'a> {
         if let (Some(queue), Some(applier)) = (inner.queue(), self.applier.as_mut()) {
             let (now_s, forget_after_s) = (clock::wall_ms() / 1_000, applier.forget_after_s);
             let is_forgotten = |customer: &Customer| customer.is_forgotten(now_s, forget_after_s);
-            let swept = applier
-                .commit(&queue)
-                .and_then(|()| state::sweep(&queue, &applier.hashing, self.swept, is_forgotten));
+            let swept =
+                applier.commit(&queue).and_then(|()| state::sweep(&queue, &applier.hashing, self.swept, is_forgotten));
             self.swept = self.swept.wrapping_add(SWEEP_BUCKETS);
             if let Err(error) = swept {
                 inner.failed("queue", &error);
@@ -502,11 +509,8 @@ pub(super) fn advance(inner: &Inner, applier: &mut Applier, queue: &Queue, to: P
                 },
             };
             let Some(file) = segments.by_number(number) else { return Ok(()) };
-            let end = if number == to.segment {
-                to.offset
-            } else {
-                segments.ends.get(&number).copied().unwrap_or(to.offset)
-            };
+            let end =
+                if number == to.segment { to.offset } else { segments.ends.get(&number).copied().unwrap_or(to.offset) };
             (file.file.clone(), number, end)
         };
         let before = applier.position();

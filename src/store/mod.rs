@@ -42,8 +42,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot, watch};
 
-pub use self::admission::{Post, Posted, Refusal, Rules, WithdrawCustomer};
 use self::admission::{Admission, Request, Step, Ticket};
+pub use self::admission::{Post, Posted, Refusal, Rules, WithdrawCustomer};
 pub use self::codec::{Accepted, Ending};
 use self::codec::{Dead, DeferredRecord, Record, Settled};
 use self::dead_letters::DeadLetters;
@@ -107,6 +107,9 @@ pub enum Notice {
         items: Vec<Item>,
         /// Up to here.
         end: Position,
+        /// Who waits for that: to be answered when the items are taken. One message for a group, so that a group costs
+        /// one wake of another thread, not one for each caller.
+        answers: Answers,
     },
     /// The state of what waits is wanted, as of the last `Durable`.
     Snapshot(std::sync::mpsc::Sender<Snapshot>),
@@ -114,6 +117,20 @@ pub enum Notice {
     SegmentRemoved(u16),
     /// The segment in one slot has been rewritten into another, with only the events that waited.
     SegmentCompacted(Compacted),
+}
+
+/// Callers whose requests are durable.
+#[derive(Debug)]
+pub struct Answers(Vec<oneshot::Sender<Result<(), Refusal>>>);
+
+impl Answers {
+    /// Tells them.
+    pub fn send(self) {
+        for answer in self.0 {
+            // The caller may have gone.
+            answer.send(Ok(())).ok();
+        }
+    }
 }
 
 /// One thing that became durable.
@@ -298,6 +315,8 @@ struct Inner {
     fates: watch::Sender<()>,
     metrics: StoreMetrics,
     is_ending: AtomicBool,
+    /// Ends without a last checkpoint, as a crash does: for tests.
+    is_crashing: AtomicBool,
     free_bytes: AtomicU64,
     _lock: std::fs::File,
 }
@@ -559,23 +578,34 @@ impl Store {
         }
     }
 
+    /// Ends as a crash does, as far as files are concerned.
+    #[cfg(test)]
+    fn crash(self, threads: Threads) {
+        self.inner.is_crashing.store(true, Ordering::SeqCst);
+        self.end(threads);
+    }
+
     /// Repeats a decision until the rows that it needs are at hand.
     fn decided<T>(&self, mut decide: impl FnMut(&mut Admission) -> Result<Step<T>, Refusal>) -> Result<T, Refusal> {
         for _ in 0..FETCHES_MAX {
-            let step = decide(&mut lock(&self.inner.admission))?;
+            let (step, is_awaited) = {
+                let mut admission = lock(&self.inner.admission);
+                let step = decide(&mut admission)?;
+                (step, admission.is_writer_idle && !admission.pending.is_empty())
+            };
+            if is_awaited {
+                self.inner.work.notify_one();
+            }
             let (keys, turns) = match step {
-                Step::Done(done) => {
-                    self.inner.work.notify_all();
-                    return Ok(done);
-                }
+                Step::Done(done) => return Ok(done),
                 Step::Missing { keys, turns } => (keys, turns),
             };
             let queue = self.inner.queue().ok_or(Refusal::DiskLow)?;
             let hashing = self.hashing();
             let mut values = Vec::with_capacity(keys.len());
             for key in keys {
-                let value = state::read(&queue, &hashing, &key)
-                    .map_err(|error| self.inner.queue_failed("read", &error))?;
+                let value =
+                    state::read(&queue, &hashing, &key).map_err(|error| self.inner.queue_failed("read", &error))?;
                 values.push((key, value));
             }
             let mut admission = lock(&self.inner.admission);
@@ -656,8 +686,10 @@ impl Inner {
             let requests = {
                 let mut admission = lock(&self.admission);
                 while admission.pending.is_empty() && !self.is_ending.load(Ordering::SeqCst) {
+                    admission.is_writer_idle = true;
                     admission = self.work.wait(admission).unwrap_or_else(PoisonError::into_inner);
                 }
+                admission.is_writer_idle = false;
                 std::mem::take(&mut admission.pending)
             };
             if requests.is_empty() {
@@ -733,11 +765,10 @@ impl Inner {
             items.extend(request.withdraw.into_iter().map(Item::Withdraw));
             answers.push(request.done);
         }
-        // The relay has ended: what it was not told is found at the next start.
-        drop(self.notices.blocking_send(Notice::Durable { items, end: written.end }));
-        for answer in answers {
-            // The caller may have gone.
-            answer.send(Ok(())).ok();
+        let notice = Notice::Durable { items, end: written.end, answers: Answers(answers) };
+        if let Err(mpsc::error::SendError(Notice::Durable { answers, .. })) = self.notices.blocking_send(notice) {
+            // The relay has ended: what it was not told is found at the next start.
+            answers.send();
         }
     }
 }

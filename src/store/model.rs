@@ -1,0 +1,290 @@
+//! The store against a plain model: random posts, deliveries, withdrawals, crashes and stops, small segments.
+
+use std::collections::BTreeMap;
+
+use tokio::sync::mpsc;
+
+use super::*;
+use crate::domain::event::Event;
+use crate::domain::outcome::Verdict;
+use crate::domain::retry::{Backoff, Delays};
+use crate::domain::schedule::{self, Moment, Schedule};
+use crate::metrics::Metrics;
+
+const LANES: usize = 8;
+
+fn settings(dir: &std::path::Path) -> Settings {
+    Settings {
+        dir: dir.to_owned(),
+        segment_bytes: 24 << 10,
+        free_min: 0,
+        checkpoint_every: Duration::from_millis(20),
+        rules: Rules {
+            events_max: 100_000,
+            dedupe_window_s: 3_600,
+            dedupe_max: 1_000,
+            require_h5push: true,
+            forget_after_s: 1_000_000,
+        },
+        dead_keep_s: 1_000,
+        dead_max: 0,
+    }
+}
+
+fn empty_schedule() -> Schedule {
+    let backoff =
+        Backoff { initial: Duration::from_secs(1), multiplier: 2.0, max: Duration::from_secs(9), randomization: 0.0 };
+    let mut schedule = Schedule::new(schedule::Settings {
+        delays: Delays::new(&backoff),
+        max_age_s: 1_000_000,
+        max_attempts: 0,
+        max_refusals: 5,
+        breaker_failures: 1_000,
+        max_in_flight: 1_000,
+        events_per_push: 3,
+    });
+    let limits = crate::domain::endpoint::Limits { rate_per_second: 1e6, burst: 100_000, concurrency: 1_000 };
+    schedule.put_endpoint(EndpointName::DEFAULT, limits, 0);
+    schedule
+}
+
+/// A store, a relay played by hand, and what should be waiting.
+struct Play {
+    rng: fastrand::Rng,
+    runtime: tokio::runtime::Runtime,
+    dir: tempfile::TempDir,
+    open: Option<(Store, Threads, mpsc::Receiver<Notice>)>,
+    schedule: Schedule,
+    heard: Position,
+    now: u64,
+    model: BTreeMap<usize, Vec<String>>,
+    posted: u64,
+    compactions: u32,
+    removals: u32,
+}
+
+impl Play {
+    fn new(seed: u64) -> Play {
+        let mut play = Play {
+            rng: fastrand::Rng::with_seed(seed),
+            runtime: tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap(),
+            dir: tempfile::tempdir().unwrap(),
+            open: None,
+            schedule: empty_schedule(),
+            heard: Position::default(),
+            now: 1,
+            model: BTreeMap::new(),
+            posted: 0,
+            compactions: 0,
+            removals: 0,
+        };
+        play.start();
+        play
+    }
+
+    fn start(&mut self) {
+        self.schedule = empty_schedule();
+        let (tell, notices) = mpsc::channel(1_024);
+        let metrics = Metrics::new(10).unwrap();
+        let (store, threads) =
+            Store::open(settings(self.dir.path()), metrics.store.clone(), &mut self.schedule, tell).unwrap();
+        for what in ["journal", "torn_tail", "queue", "checkpoint", "dead_letters", "state_log"] {
+            assert_eq!(metrics.store.damage.with_label_values(&[what]).get(), 0, "{what}");
+        }
+        assert_eq!(self.waiting(&store), self.model, "what waits after the start");
+        assert_eq!(store.waiting(), self.schedule.events());
+        self.open = Some((store, threads, notices));
+    }
+
+    fn store(&self) -> Store {
+        self.open.as_ref().unwrap().0.clone()
+    }
+
+    fn lane(store: &Store, lane: usize) -> LaneKey {
+        store.hashing().lane(EndpointName::DEFAULT, Plugin::NONE, &format!("c{lane}"))
+    }
+
+    /// What the schedule says waits, read back from disk.
+    fn waiting(&self, store: &Store) -> BTreeMap<usize, Vec<String>> {
+        let mut all = BTreeMap::new();
+        for lane in 0..LANES {
+            let events = self.schedule.events_of(Self::lane(store, lane));
+            let ids: Vec<String> = events
+                .iter()
+                .map(|event| {
+                    let reader = store.reader(event.slot()).unwrap();
+                    let stored = reader.read(self.schedule.backlog.offset(*event)).unwrap().unwrap();
+                    assert_eq!(stored.seq(), self.schedule.backlog.seq(*event));
+                    stored.event().unwrap().event_id.to_owned()
+                })
+                .collect();
+            if !ids.is_empty() {
+                all.insert(lane, ids);
+            }
+        }
+        all
+    }
+
+    fn hear(&mut self) {
+        let Some((_, _, notices)) = self.open.as_mut() else { return };
+        while let Ok(notice) = notices.try_recv() {
+            match notice {
+                Notice::SegmentBegun { slot, segment } => self.schedule.backlog.open(slot, segment),
+                Notice::Durable { items, end, answers } => {
+                    for item in items {
+                        let Item::Appended(event) = item else { continue };
+                        let backlog = &mut self.schedule.backlog;
+                        let handle = backlog.append(event.slot, None, event.offset, event.second, event.len).unwrap();
+                        self.schedule.appended(handle, event.lane, event.endpoint, self.now);
+                    }
+                    self.heard = end;
+                    answers.send();
+                }
+                Notice::Snapshot(reply) => {
+                    let marks = self.schedule.backlog.marks().collect();
+                    reply.send(Snapshot { position: self.heard, marks }).ok();
+                }
+                Notice::SegmentRemoved(slot) => {
+                    self.removals += 1;
+                    assert_eq!(self.schedule.backlog.group(slot).map_or(0, |group| group.live()), 0);
+                    self.schedule.backlog.close(slot);
+                }
+                Notice::SegmentCompacted(moved) => {
+                    self.compactions += 1;
+                    self.schedule.move_events(moved.old_slot, moved.new_slot, moved.segment, &moved.events);
+                    moved.done.send(()).ok();
+                }
+            }
+        }
+    }
+
+    fn post(&mut self) {
+        let store = self.store();
+        let lane = self.rng.usize(0..LANES);
+        let count = self.rng.usize(1..6);
+        let mut items = Vec::new();
+        for _ in 0..count {
+            let id = format!("e{}", self.posted);
+            self.posted += 1;
+            let content = "x".repeat(self.rng.usize(0..900));
+            items.push((id.clone(), format!(
+                r#"{{"web_token":"c{lane}","h5push":true,"event_id":"{id}","messages":[{{"im_sub_session_id":1,"x":"{content}"}}]}}"#
+            )));
+        }
+        let events: Vec<Event<'_>> = items.iter().map(|(_, text)| Event::parse(text).unwrap()).collect();
+        let posts: Vec<Post<'_>> = events
+            .iter()
+            .map(|event| {
+                let key = event.key(&store.hashing()).unwrap();
+                let lane = Self::lane(&store, lane);
+                let record = encode_event(Accepted {
+                    endpoint: EndpointName::DEFAULT,
+                    plugin: Plugin::NONE,
+                    lane,
+                    key,
+                    accepted_ms: 1_000_000,
+                    event_id: event.event_id.as_deref().unwrap(),
+                    web_token: &event.web_token,
+                    count: event.messages.count,
+                    messages: event.messages.text,
+                });
+                Post { event, key, endpoint: Some((EndpointName::DEFAULT, u64::MAX)), lane, record }
+            })
+            .collect();
+        let mut future = Box::pin(store.post(posts, 1_000_000));
+        let posted = loop {
+            let step = async { tokio::time::timeout(Duration::from_millis(1), &mut future).await };
+            if let Ok(posted) = self.runtime.block_on(step) {
+                break posted.unwrap();
+            }
+            self.hear();
+        };
+        assert!(posted.iter().all(|posted| *posted == Posted::Queued));
+        self.model.entry(lane).or_default().extend(items.iter().map(|(id, _)| id.clone()));
+    }
+
+    fn deliver(&mut self) {
+        self.now += 1_000_000;
+        let store = self.store();
+        let Some(start) = self.schedule.next(self.now) else { return };
+        let key = self.schedule.lane_key(start.lane).unwrap();
+        let lane = (0..LANES).find(|lane| Self::lane(&store, *lane) == key).unwrap();
+        let taken = self.rng.usize(1..=start.events.len());
+        let seqs = start.events[..taken].iter().map(|event| self.schedule.backlog.seq(*event)).collect();
+        let moment = Moment { now: self.now, second: 1_000, dice: 0.5 };
+        let verdict = if self.rng.bool() { Verdict::Delivered } else { Verdict::Failed { hold: None, halves: false } };
+        let outcome = self.schedule.reported(start.lane, taken as u32, verdict, moment);
+        if verdict == Verdict::Delivered {
+            let retry_is_over = outcome.retry_is_over;
+            store.note(vec![Note::Settled { lane: key, ending: Ending::Delivered, retry_is_over, seqs }]);
+            store.uncount(EndpointName::DEFAULT, taken as u64);
+            let waiting = self.model.get_mut(&lane).unwrap();
+            waiting.drain(..taken);
+            if waiting.is_empty() {
+                self.model.remove(&lane);
+            }
+        } else if let Some(deferred) = outcome.deferred {
+            let head = self.schedule.backlog.seq(deferred.head);
+            store.note(vec![Note::Deferred { lane: key, head, retry: deferred.retry, due_ms: 1_000_000 }]);
+        }
+    }
+
+    fn withdraw(&mut self) {
+        let store = self.store();
+        let lane = self.rng.usize(0..LANES);
+        let key = Self::lane(&store, lane);
+        let withdrawn = self.schedule.withdraw(key);
+        let seqs: Vec<u64> = withdrawn.events.iter().map(|event| self.schedule.backlog.seq(*event)).collect();
+        store.uncount(EndpointName::DEFAULT, seqs.len() as u64);
+        let retry_is_over = withdrawn.had_retry;
+        store.note(vec![Note::Settled { lane: key, ending: Ending::Withdrawn, retry_is_over, seqs }]);
+        self.model.remove(&lane);
+    }
+
+    fn restart(&mut self) {
+        let crashes = self.rng.bool();
+        let (store, threads, notices) = self.open.take().unwrap();
+        let ending = std::thread::spawn(move || if crashes { store.crash(threads) } else { store.end(threads) });
+        self.open = None;
+        // The relay answers until the end.
+        let mut notices = notices;
+        while !ending.is_finished() {
+            if let Ok(Notice::Snapshot(reply)) = notices.try_recv() {
+                let marks = self.schedule.backlog.marks().collect();
+                reply.send(Snapshot { position: self.heard, marks }).ok();
+            }
+            std::thread::yield_now();
+        }
+        ending.join().unwrap();
+        drop(notices);
+        self.start();
+    }
+}
+
+#[test]
+fn the_store_agrees_with_a_model_over_crashes_stops_checkpoints_and_compactions() {
+    let (mut compactions, mut removals, mut restarts) = (0, 0, 0);
+    for seed in 0..12 {
+        println!("seed {seed}");
+        let mut play = Play::new(seed);
+        for _ in 0..400 {
+            match play.rng.u8(0..40) {
+                0 => {
+                    play.restart();
+                    restarts += 1;
+                }
+                1 => play.withdraw(),
+                2..=16 => play.post(),
+                17 => std::thread::sleep(Duration::from_millis(25)),
+                _ => play.deliver(),
+            }
+            play.hear();
+        }
+        let store = play.store();
+        assert_eq!(play.waiting(&store), play.model);
+        compactions += play.compactions;
+        removals += play.removals;
+    }
+    println!("{restarts} restarts, {removals} segments removed, {compactions} compacted");
+    assert!(restarts > 20 && removals > 20 && compactions > 0);
+}

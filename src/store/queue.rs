@@ -60,6 +60,17 @@ pub(super) enum QueueError {
     Sync(#[from] std::io::Error),
 }
 
+impl QueueError {
+    /// Whether it is only for want of space.
+    pub(super) fn is_no_space(&self) -> bool {
+        let is_full = |error: &std::io::Error| error.kind() == std::io::ErrorKind::StorageFull;
+        match self {
+            QueueError::Sled(sled::Error::Io(error)) | QueueError::Sync(error) => is_full(error),
+            QueueError::Sled(_) | QueueError::Panicked(_) | QueueError::Hung | QueueError::Damaged(_) => false,
+        }
+    }
+}
+
 thread_local! {
     static GUARDED: Cell<bool> = const { Cell::new(false) };
 }

@@ -50,8 +50,8 @@ pub enum OpenError {
         /// Why not.
         error: io::Error,
     },
-    /// sled cannot even be built anew.
-    #[error("the queue could not be built anew: {0}")]
+    /// sled cannot be opened for want of space, or cannot even be built anew.
+    #[error("the queue could not be opened: {0}")]
     Queue(String),
 }
 
@@ -139,10 +139,16 @@ impl Store {
             std::fs::create_dir_all(path).map_err(io_error(path))?;
         }
         let lock = take_lock(&dir)?;
+        if free_bytes(&dir).is_ok_and(|free| free < RESERVE_BYTES) {
+            release_reserve(&dir);
+        }
         let (checkpoint, is_damaged) = Checkpoint::read(&dir).map_err(io_error(&dir))?;
         if is_damaged {
             metrics.damaged("checkpoint", 1);
-            tracing::error!(usable = checkpoint.is_some(), "the last checkpoint is damaged: what was pushed since may repeat");
+            tracing::error!(
+                usable = checkpoint.is_some(),
+                "the last checkpoint is damaged: what was pushed since may repeat"
+            );
         }
         let mut opening = Opening {
             settings: &settings,
@@ -160,9 +166,9 @@ impl Store {
         let dead = opening.open_dead(schedule).map_err(io_error(&dir))?;
         opening.restore_retries(&queue, schedule, &segments);
         let last = opening.found.last();
-        let next_number = last.map_or(1, |found| found.number + 1).max(
-            opening.checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.position.segment + 1),
-        );
+        let next_number = last
+            .map_or(1, |found| found.number + 1)
+            .max(opening.checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.position.segment + 1));
         let previous = last.map(|found| (found.number, found.end));
         let mut admission = Admission::new(settings.rules, ids);
         for view in schedule.endpoints() {
@@ -184,6 +190,7 @@ impl Store {
             notices,
             fates: watch::Sender::new(()),
             is_ending: AtomicBool::new(false),
+            is_crashing: AtomicBool::new(false),
             free_bytes: AtomicU64::new(free),
             _lock: lock,
             metrics,
@@ -234,8 +241,7 @@ impl Opening<'_> {
         let mut identity = self.checkpoint.as_ref().map(|checkpoint| checkpoint.identity);
         for number in numbers {
             let marked = self.checkpoint.as_ref().is_some_and(|checkpoint| {
-                number < checkpoint.position.segment
-                    && !checkpoint.segments.iter().any(|mark| mark.number == number)
+                number < checkpoint.position.segment && !checkpoint.segments.iter().any(|mark| mark.number == number)
             });
             let path = segment::path(&dir, number);
             if marked {
@@ -270,8 +276,7 @@ impl Opening<'_> {
                 checkpoint.segments.iter().find(|mark| mark.number == number).map(|mark| mark.live.clone())
             };
             let waits = self.checkpoint.as_ref().and_then(mark);
-            let is_covered =
-                self.checkpoint.as_ref().is_some_and(|checkpoint| number < checkpoint.position.segment);
+            let is_covered = self.checkpoint.as_ref().is_some_and(|checkpoint| number < checkpoint.position.segment);
             let end = match known {
                 // Written whole, and synced before it took its name.
                 _ if generation > 0 => file.metadata()?.len() as u32,
@@ -321,10 +326,12 @@ impl Opening<'_> {
         if dir.exists() {
             match self.try_queue(&dir, needed) {
                 Ok(opened) => return Ok(opened),
+                // Nothing is wrong with it.
+                Err(error) if error.is_no_space() => return Err(OpenError::Queue(error.to_string())),
                 Err(error) => {
                     tracing::error!(%error, "the queue is set aside and built anew from the journal");
                     self.metrics.damaged("queue", 1);
-                    let aside = self.settings.dir.join(format!("queue.damaged-{}", clock::wall_ms() / 1_000));
+                    let aside = self.settings.dir.join(format!("queue.damaged-{}", clock::wall_ms()));
                     std::fs::rename(&dir, &aside).map_err(|error| OpenError::Io { path: dir.clone(), error })?;
                 }
             }
@@ -557,28 +564,28 @@ impl Loading<'_> {
         if from >= self.found.end {
             return Ok(());
         }
-        segment::scan_synced(&self.found.file, self.found.number, from, self.found.end, |frame| {
-            match Record::decode(frame.body()) {
-                Some(Record::Accepted(_)) => {
-                    if let Some(entry) = index_entry(frame) {
-                        self.add(schedule, &entry, true);
-                    }
+        segment::scan_synced(&self.found.file, self.found.number, from, self.found.end, |frame| match Record::decode(
+            frame.body(),
+        ) {
+            Some(Record::Accepted(_)) => {
+                if let Some(entry) = index_entry(frame) {
+                    self.add(schedule, &entry, true);
                 }
-                Some(Record::Settled(settled)) => {
-                    let events: Vec<Handle> = settled
-                        .seqs
-                        .iter()
-                        .filter_map(|seq| {
-                            let number = seq >> crate::domain::backlog::PLACE_BITS;
-                            schedule.backlog.find(*self.segments.slots.get(&number)?, *seq)
-                        })
-                        .collect();
-                    schedule.settled_before(settled.lane, &events, 0);
-                }
-                Some(Record::State(_) | Record::Opened(_) | Record::Deferred(_) | Record::Sealed { .. })
-                | Some(Record::Dead(_))
-                | None => {}
             }
+            Some(Record::Settled(settled)) => {
+                let events: Vec<Handle> = settled
+                    .seqs
+                    .iter()
+                    .filter_map(|seq| {
+                        let number = seq >> crate::domain::backlog::PLACE_BITS;
+                        schedule.backlog.find(*self.segments.slots.get(&number)?, *seq)
+                    })
+                    .collect();
+                schedule.settled_before(settled.lane, &events, 0);
+            }
+            Some(Record::State(_) | Record::Opened(_) | Record::Deferred(_) | Record::Sealed { .. })
+            | Some(Record::Dead(_))
+            | None => {}
         })?;
         Ok(())
     }

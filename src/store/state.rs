@@ -170,7 +170,8 @@ pub(super) fn apply(
             let bucket = bucket(hashing, &customer.web_token);
             let mut customers: Vec<Customer> = queue.bucket(CUSTOMERS, bucket)?;
             customers.retain(|other| {
-                !(other.plugin == customer.plugin && other.web_token == customer.web_token) && !is_forgotten(other)
+                let is_it = other.plugin == customer.plugin && other.web_token == customer.web_token;
+                !is_it && !is_forgotten(other)
             });
             customers.push(customer.clone());
             queue.put_bucket(CUSTOMERS, bucket, &customers)

@@ -13,7 +13,8 @@ fn start() -> (Receiver, Relay) {
 #[test]
 fn an_event_is_pushed_as_it_was_posted() {
     let (receiver, relay) = start();
-    let messages = r#"[ {"type":"message", "message_id":"m\u0031","im_sub_session_id":3001,"x":1.50,"y":[ ],"emoji":"🚚"} ]"#;
+    let messages =
+        r#"[ {"type":"message", "message_id":"m\u0031","im_sub_session_id":3001,"x":1.50,"y":[ ],"emoji":"🚚"} ]"#;
     let body = format!(r#"{{"web_token":"王 \"x\"","im_web_plugin_id":12,"h5push":true,"messages":{messages}}}"#);
     let response = relay.post_text("application/json; charset=utf-8", &body);
     assert_eq!(response.status, 202);
@@ -80,16 +81,12 @@ fn arrays_and_ndjson_answer_for_each_event_in_order() {
 #[test]
 fn the_example_conversation_has_the_outcomes_that_it_says() {
     let receiver = Receiver::start();
-    let relay = Relay::start(&config(
-        receiver.address,
-        &format!("[endpoints.77]\nurl = \"http://{}/77\"", receiver.address),
-    ));
+    let relay =
+        Relay::start(&config(receiver.address, &format!("[endpoints.77]\nurl = \"http://{}/77\"", receiver.address)));
     let response = relay.post_text("application/x-ndjson", include_str!("conversation.ndjson"));
     let results = response.json()["results"].as_array().unwrap().clone();
-    let words: Vec<&str> = results
-        .iter()
-        .map(|result| result.get("reason").unwrap_or(&result["outcome"]).as_str().unwrap())
-        .collect();
+    let words: Vec<&str> =
+        results.iter().map(|result| result.get("reason").unwrap_or(&result["outcome"]).as_str().unwrap()).collect();
     let count = |word: &str| words.iter().filter(|other| **other == word).count();
     assert_eq!(
         (count("queued"), count("customer_online"), count("not_agent"), count("h5push_not_enabled")),
@@ -150,10 +147,8 @@ fn h5push_is_remembered_whatever_the_outcome() {
 #[test]
 fn duplicates_are_known_by_event_id_or_by_message_ids_within_a_plugin() {
     let receiver = Receiver::start();
-    let relay = Relay::start(&config(
-        receiver.address,
-        &format!("[endpoints.13]\nurl = \"http://{}/13\"", receiver.address),
-    ));
+    let relay =
+        Relay::start(&config(receiver.address, &format!("[endpoints.13]\nurl = \"http://{}/13\"", receiver.address)));
     let outcome = |event: &Value| relay.post(event).json()["outcome"].as_str().unwrap().to_owned();
     let mut given = event("a", "m1");
     given["event_id"] = json!("e1");
@@ -225,7 +220,10 @@ fn an_item_too_large_is_rejected_and_the_others_stand() {
     large["messages"][0]["x"] = json!("y".repeat(256 << 10));
     let body = json!([large, event("a", "m2")]).to_string();
     let results = relay.post_text("application/json", &body).json()["results"].clone();
-    assert_eq!((results[0]["outcome"].as_str(), results[0]["error"]["code"].as_str()), (Some("rejected"), Some("too_large")));
+    assert_eq!(
+        (results[0]["outcome"].as_str(), results[0]["error"]["code"].as_str()),
+        (Some("rejected"), Some("too_large"))
+    );
     assert_eq!(results[1]["outcome"], "queued");
     assert_eq!(receiver.wait_delivered(1), ["m2"]);
 }
@@ -263,20 +261,12 @@ fn a_unix_socket_serves_like_tcp() {
     // The same config, with the socket in place of the port.
     let file = dir.path().join("config.toml");
     let config = std::fs::read_to_string(&file).unwrap();
-    let config: String = config
-        .lines()
-        .map(|line| if line.starts_with("listen") && !line.contains("unix") { line.to_owned() } else { line.to_owned() })
-        .collect::<Vec<_>>()
-        .join("\n");
     let at = config.find("[local]\nlisten = ").unwrap() + "[local]\n".len();
     let end = at + config[at..].find('\n').unwrap();
     let config = format!("{}listen = \"unix:{}\"{}", &config[..at], path.display(), &config[end..]);
     std::fs::write(&file, config).unwrap();
-    let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_h5push-relay"))
-        .arg("--config")
-        .arg(&file)
-        .spawn()
-        .unwrap();
+    let mut child =
+        std::process::Command::new(env!("CARGO_BIN_EXE_h5push-relay")).arg("--config").arg(&file).spawn().unwrap();
     wait_until("the socket", || std::os::unix::net::UnixStream::connect(&path).is_ok());
     assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
     let body = event("a", "m1").to_string();

@@ -45,7 +45,8 @@ fn post_until(to: SocketAddr, lanes: Vec<usize>, counters: Arc<Mutex<HashMap<usi
 #[test]
 fn nothing_acknowledged_is_lost_or_reordered_over_kills_under_load() {
     let rounds = std::env::var("H5PUSH_CRASH_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(12);
-    let seed = std::env::var("H5PUSH_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or_else(|| fastrand::u64(..));
+    let seed =
+        std::env::var("H5PUSH_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or_else(|| fastrand::u64(..));
     println!("seed {seed}");
     let mut rng = fastrand::Rng::with_seed(seed);
     let receiver = Receiver::start();
@@ -194,7 +195,11 @@ fn a_queue_directory_that_is_gone_or_broken_is_built_anew_from_the_journal() {
     let relay = Relay::start_in(dir, &text);
     assert_eq!(receiver.wait_delivered(expected.len()), expected);
     for round in 0..4 {
-        assert_eq!(relay.toggle(&format!("web_token=off{round}&im_web_plugin_id=12"))["status_code"], 0, "round {round}");
+        assert_eq!(
+            relay.toggle(&format!("web_token=off{round}&im_web_plugin_id=12"))["status_code"],
+            0,
+            "round {round}"
+        );
         assert_eq!(relay.post(&event("a", &format!("r{round}-03"))).json()["outcome"], "duplicate");
     }
     assert!(relay.log().contains("built anew"));

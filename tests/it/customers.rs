@@ -113,16 +113,17 @@ fn switching_off_withdraws_what_waits_and_stops_a_lane_that_is_in_trouble() {
         let tried = |customer| pushes.iter().filter(|push| push.customer() == customer).count();
         tried("a") >= 2 && tried("b") >= 1
     });
-    assert!(relay.put_customer(&json!({ "web_token": "a", "im_web_plugin_id": 12 })).json()["waiting"].as_u64() > Some(0));
+    assert!(
+        relay.put_customer(&json!({ "web_token": "a", "im_web_plugin_id": 12 })).json()["waiting"].as_u64() > Some(0)
+    );
     assert_eq!(relay.toggle("web_token=a&im_web_plugin_id=12&h5push=false")["status_code"], 0);
     let after = std::time::Instant::now();
     assert_eq!(get(relay.local, "/v1/customers?web_token=a&im_web_plugin_id=12").json()["waiting"], 0);
     assert_eq!(relay.post(&event("a", "a9")).json()["reason"], "toggled_off");
     // The other customer goes on; of this one nothing begins any more.
     let tried = receiver.pushes().iter().filter(|push| push.customer() == "b").count();
-    receiver.wait("b to be tried again", |pushes| {
-        pushes.iter().filter(|push| push.customer() == "b").count() >= tried + 3
-    });
+    receiver
+        .wait("b to be tried again", |pushes| pushes.iter().filter(|push| push.customer() == "b").count() >= tried + 3);
     assert!(receiver.pushes().iter().all(|push| push.customer() != "a" || push.at < after));
     relay.wait_metric("h5push_withdrawn_total", &[], |count| count == 5.0);
     // Nor after a crash; and switched on again, only what is new.
@@ -165,7 +166,7 @@ fn a_forgotten_customer_is_never_pushed_to_again() {
     relay.queue(&event("b", "b0"));
     receiver.wait_delivered(1);
     assert_eq!(receiver.delivered_ids(), ["b0"]);
-    assert_eq!(relay.metric("h5push_outbox_events", &[("endpoint", "12")]), 0.0);
+    relay.wait_metric("h5push_outbox_events", &[("endpoint", "12")], |count| count == 0.0);
     let again = request(relay.local, "DELETE", "/v1/customers?web_token=a&im_web_plugin_id=12", &[], b"");
     assert_eq!(again.status, 404);
 }

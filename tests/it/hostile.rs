@@ -173,7 +173,9 @@ fn statuses_are_counted_by_what_they_mean_and_redirects_not_followed() {
     }
     receiver.wait_pushes(4);
     for (result, count) in [("ok", 1.0), ("refused", 1.0), ("error_status", 2.0)] {
-        relay.wait_metric("h5push_push_attempts_total", &[("endpoint", "12"), ("result", result)], |found| found == count);
+        relay.wait_metric("h5push_push_attempts_total", &[("endpoint", "12"), ("result", result)], |found| {
+            found == count
+        });
     }
     assert!(receiver.pushes().iter().all(|push| push.path == "/push"));
 }

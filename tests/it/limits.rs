@@ -90,7 +90,8 @@ fn fill(mount: &std::path::Path) {
     let receiver = Receiver::start();
     receiver.answer_status(500);
     let dir = std::sync::Arc::new(tempfile::tempdir_in(mount).unwrap());
-    let text = config(receiver.address, "[outbox]\nmin_free_disk = 0\n[backoff]\ninitial = \"100ms\"\nmax = \"300ms\"\n");
+    let text =
+        config(receiver.address, "[outbox]\nmin_free_disk = 0\n[backoff]\ninitial = \"100ms\"\nmax = \"300ms\"\n");
     let relay = Relay::start_in(dir, &text);
     relay.queue(&event("a", "first"));
     // Everything that is left goes to another program.
@@ -119,6 +120,7 @@ fn fill(mount: &std::path::Path) {
     }
     assert!(refused > 0, "the disk was never full");
     assert!(accepted.len() > 10, "preallocated room is made use of");
+    drop(file);
     std::fs::remove_file(ballast).unwrap();
     wait_until("room again", || relay.post(&event("a", "after")).status == 202);
     accepted.push("after".to_owned());

@@ -187,12 +187,18 @@ fn endpoints_beyond_the_label_limit_are_counted_together() {
     let metrics = config.split("[metrics]").nth(1).unwrap();
     let address = metrics.split('"').nth(1).unwrap().parse().unwrap();
     std::fs::write(&path, &config).unwrap();
-    let mut child =
-        Command::new(env!("CARGO_BIN_EXE_h5push-relay")).arg("--config").arg(&path).stderr(Stdio::null()).spawn().unwrap();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_h5push-relay"))
+        .arg("--config")
+        .arg(&path)
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
     wait_until("the relay", || std::net::TcpStream::connect(address).is_ok() && get(address, "/readyz").status == 200);
     let text = get(address, "/metrics").text();
-    let mut labels: Vec<&str> =
-        text.lines().filter_map(|line| line.strip_prefix("h5push_outbox_events{endpoint=\"")?.split('"').next()).collect();
+    let mut labels: Vec<&str> = text
+        .lines()
+        .filter_map(|line| line.strip_prefix("h5push_outbox_events{endpoint=\"")?.split('"').next())
+        .collect();
     labels.sort_unstable();
     assert_eq!(labels, ["1", "2", "other"]);
     child.kill().unwrap();

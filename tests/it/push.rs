@@ -45,8 +45,7 @@ fn a_failed_push_is_repeated_with_the_same_body_and_id_and_holds_back_only_its_l
     receiver.wait_delivered(1);
     receiver.answer_status(200);
     assert_eq!(receiver.wait_delivered(3), ["b0", "a0", "a1"]);
-    let of_a0: Vec<Push> =
-        receiver.pushes().into_iter().filter(|push| push.message_ids() == ["a0"]).collect();
+    let of_a0: Vec<Push> = receiver.pushes().into_iter().filter(|push| push.message_ids() == ["a0"]).collect();
     assert!(of_a0.len() >= 4);
     for (number, push) in of_a0.iter().enumerate() {
         assert_eq!(push.body, of_a0[0].body);
@@ -134,9 +133,8 @@ fn only_the_refused_event_dies_and_only_while_others_succeed() {
         relay.queue(&event("a", id));
     }
     receiver.answer(|push| Answer::Status(if push.message_ids().contains(&"bad".to_owned()) { 422 } else { 200 }));
-    receiver.wait("the bad one alone", |pushes| {
-        pushes.iter().filter(|push| push.message_ids() == ["bad"]).count() >= 4
-    });
+    receiver
+        .wait("the bad one alone", |pushes| pushes.iter().filter(|push| push.message_ids() == ["bad"]).count() >= 4);
     assert_eq!(relay.metric("h5push_dead_letters_total", &[("reason", "refused")]), 0.0, "nobody else succeeds");
     for number in 0..100 {
         relay.queue(&event("b", &format!("b{number}")));
@@ -147,8 +145,7 @@ fn only_the_refused_event_dies_and_only_while_others_succeed() {
     }
     relay.wait_metric("h5push_dead_letters_total", &[("endpoint", "12"), ("reason", "refused")], |count| count == 1.0);
     receiver.wait("the rest", |pushes| pushes.iter().any(|push| push.message_ids() == ["good2"]));
-    let of_a: Vec<String> =
-        receiver.delivered_ids().into_iter().filter(|id| !id.starts_with('b')).collect();
+    let of_a: Vec<String> = receiver.delivered_ids().into_iter().filter(|id| !id.starts_with('b')).collect();
     assert_eq!(of_a, ["first", "good1", "good2"]);
 }
 
@@ -177,7 +174,8 @@ fn rate_and_burst_hold_in_every_second() {
         receiver.address
     );
     let relay = Relay::start(&text);
-    let lines: String = (0..120).map(|number| event(&format!("c{number}"), &format!("m{number}")).to_string() + "\n").collect();
+    let lines: String =
+        (0..120).map(|number| event(&format!("c{number}"), &format!("m{number}")).to_string() + "\n").collect();
     assert_eq!(relay.post_text("application/x-ndjson", &lines).status, 202);
     receiver.wait_delivered(120);
     let times: Vec<Instant> = receiver.pushes().iter().map(|push| push.at).collect();
@@ -194,7 +192,10 @@ fn rate_and_burst_hold_in_every_second() {
 #[test]
 fn concurrency_is_never_exceeded() {
     let receiver = Receiver::start();
-    let text = format!("[endpoints.12]\nurl = \"http://{}/push\"\nrate_per_second = 100000\nconcurrency = 3\n", receiver.address);
+    let text = format!(
+        "[endpoints.12]\nurl = \"http://{}/push\"\nrate_per_second = 100000\nconcurrency = 3\n",
+        receiver.address
+    );
     let relay = Relay::start(&text);
     static OPEN: AtomicUsize = AtomicUsize::new(0);
     static MOST: AtomicUsize = AtomicUsize::new(0);

@@ -170,6 +170,9 @@ impl Drop for Relay {
     fn drop(&mut self) {
         self.child.kill().ok();
         self.child.wait().ok();
+        if std::thread::panicking() {
+            eprintln!("the relay's log:\n{}", self.log());
+        }
     }
 }
 
@@ -320,8 +323,7 @@ impl Receiver {
     }
 
     pub fn start_on(address: SocketAddr) -> Receiver {
-        let runtime =
-            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let listener = runtime.block_on(tokio::net::TcpListener::bind(address)).unwrap();
         let address = listener.local_addr().unwrap();
         let state = Arc::new(State {

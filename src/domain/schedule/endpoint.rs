@@ -98,9 +98,8 @@ impl Endpoint {
 
     /// Takes new limits; the limiter is kept where rate and burst stay, so that a reload opens no second burst.
     pub(super) fn set_limits(&mut self, limits: Limits, clock: &ToldClock) {
-        let is_same = self
-            .limits
-            .is_some_and(|old| old.rate_per_second == limits.rate_per_second && old.burst == limits.burst);
+        let is_same =
+            self.limits.is_some_and(|old| old.rate_per_second == limits.rate_per_second && old.burst == limits.burst);
         if !is_same {
             let period = Duration::try_from_secs_f64(1.0 / limits.rate_per_second).unwrap_or(Duration::MAX);
             self.limiter = Quota::with_period(period.max(Duration::from_nanos(1)))
@@ -142,11 +141,8 @@ impl Endpoint {
     pub(super) fn take_ready(&mut self) -> Option<LaneId> {
         let tried_first = self.down.is_none() && self.takes_tried_next;
         self.takes_tried_next = !tried_first;
-        let (first, second) = if tried_first {
-            (&mut self.tried, &mut self.fresh)
-        } else {
-            (&mut self.fresh, &mut self.tried)
-        };
+        let (first, second) =
+            if tried_first { (&mut self.tried, &mut self.fresh) } else { (&mut self.fresh, &mut self.tried) };
         first.pop_front().or_else(|| second.pop_front())
     }
 
@@ -182,8 +178,6 @@ impl Endpoint {
         if self.streak.lanes.len() < DOWN_LANES_MIN && !self.streak.lanes.contains(&lane) {
             self.streak.lanes.push(lane);
         }
-        self.down.is_none()
-            && self.streak.failures >= failures_max
-            && self.streak.lanes.len() >= DOWN_LANES_MIN
+        self.down.is_none() && self.streak.failures >= failures_max && self.streak.lanes.len() >= DOWN_LANES_MIN
     }
 }

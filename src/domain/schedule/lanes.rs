@@ -97,15 +97,8 @@ impl Lanes {
     }
 
     pub(super) fn create(&mut self, key: LaneKey, endpoint: u32) -> LaneId {
-        let lane = Lane {
-            key,
-            head: Handle::NONE,
-            tail: Handle::NONE,
-            len: 0,
-            endpoint,
-            state: State::Free,
-            retry: NO_RETRY,
-        };
+        let lane =
+            Lane { key, head: Handle::NONE, tail: Handle::NONE, len: 0, endpoint, state: State::Free, retry: NO_RETRY };
         let id = match self.free.pop() {
             Some(id) => {
                 if let Some(place) = self.lanes.get_mut(id as usize) {

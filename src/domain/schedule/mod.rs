@@ -458,9 +458,7 @@ impl Schedule {
                     self.backlog.link(*event, *next);
                 }
             }
-            if let (Some(lane), Some(head), Some(tail)) =
-                (self.lanes.get_mut(lane_id), chain.first(), chain.last())
-            {
+            if let (Some(lane), Some(head), Some(tail)) = (self.lanes.get_mut(lane_id), chain.first(), chain.last()) {
                 lane.head = *head;
                 lane.tail = *tail;
             }
@@ -492,6 +490,13 @@ impl Schedule {
     #[must_use]
     pub fn waiting(&self, key: LaneKey) -> u32 {
         self.lanes.find(key).and_then(|id| self.lanes.get(id)).map_or(0, |lane| lane.len)
+    }
+
+    /// The events that wait in a lane, in order.
+    #[must_use]
+    pub fn events_of(&self, key: LaneKey) -> Vec<Handle> {
+        let lane = self.lanes.find(key).and_then(|id| self.lanes.get(id));
+        lane.map_or_else(Vec::new, |lane| self.chain(lane.head, lane.len))
     }
 
     /// Attempts in flight.
@@ -681,9 +686,8 @@ impl Schedule {
 
     /// How many of a lane's first `most` events are too old.
     fn expired(&self, head: Handle, most: u32, second: u64) -> u32 {
-        let too_old = |event: &Handle| {
-            second.saturating_sub(u64::from(self.backlog.second(*event))) >= self.settings.max_age_s
-        };
+        let too_old =
+            |event: &Handle| second.saturating_sub(u64::from(self.backlog.second(*event))) >= self.settings.max_age_s;
         self.chain(head, most).iter().take_while(|event| too_old(event)).count() as u32
     }
 
@@ -844,9 +848,8 @@ impl Schedule {
         }
         let is_crowded = self.is_crowded();
         let Some(endpoint) = self.endpoint_mut(id) else { return };
-        let may_start = endpoint.has_ready()
-            && endpoint.open_at() <= now
-            && endpoint.in_flight < endpoint.room(now, is_crowded);
+        let may_start =
+            endpoint.has_ready() && endpoint.open_at() <= now && endpoint.in_flight < endpoint.room(now, is_crowded);
         if may_start && !endpoint.is_runnable {
             endpoint.is_runnable = true;
             self.runnable.push_back(id);
@@ -915,13 +918,7 @@ impl Schedule {
         }
         let flight = Flight { offered: events.len() as u32, is_probe, is_withdrawn: false, mark };
         self.flights.insert(lane_id, flight);
-        Some(Start {
-            lane: lane_id,
-            endpoint: name,
-            events,
-            is_fixed: retry.fixed > 0,
-            attempt: retry.tries + 1,
-        })
+        Some(Start { lane: lane_id, endpoint: name, events, is_fixed: retry.fixed > 0, attempt: retry.tries + 1 })
     }
 
     fn advance_clock(&mut self, now: u64) {

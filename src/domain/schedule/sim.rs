@@ -221,7 +221,11 @@ impl Sim {
                         let age = self.now / SECOND - u64::from(self.events[event].second);
                         assert!(age >= settings().max_age_s, "{age} s is not too old");
                     }
-                    other => panic!("{other:?}"),
+                    DeathReason::Attempts
+                    | DeathReason::Gone
+                    | DeathReason::EndpointRemoved
+                    | DeathReason::Buried
+                    | DeathReason::Damaged => unreachable!("{:?}", burial.reason),
                 }
             }
             self.schedule.buried(&burial, self.now);
@@ -243,8 +247,7 @@ impl Sim {
             Mood::Hanging => 0,
         };
         let retry_after = self.rng.bool().then(|| Duration::from_secs(self.rng.u64(0..20)));
-        let report =
-            if report == 0 { Report::Timeout } else { Report::Status { code: report, retry_after } };
+        let report = if report == 0 { Report::Timeout } else { Report::Status { code: report, retry_after } };
         let moment = Moment { now: self.now, second: self.now / SECOND, dice: self.rng.f64() };
         let outcome = self.schedule.reported(start.lane, taken as u32, report.verdict(), moment);
         for handle in &outcome.delivered {
@@ -305,9 +308,8 @@ impl Sim {
         let waiting = self.events.iter().filter(|event| event.fate == Fate::Waiting).count() as u64;
         assert_eq!(self.schedule.events(), waiting);
         for view in self.schedule.endpoints() {
-            let of_it = |event: &&SimEvent| {
-                event.fate == Fate::Waiting && name(event.lane % self.endpoints) == view.name
-            };
+            let of_it =
+                |event: &&SimEvent| event.fate == Fate::Waiting && name(event.lane % self.endpoints) == view.name;
             let oldest = self.events.iter().filter(of_it).map(|event| event.second).min();
             assert_eq!(view.oldest, oldest);
             assert_eq!(view.events, self.events.iter().filter(of_it).count() as u64);
@@ -446,10 +448,7 @@ fn a_down_endpoint_is_probed_one_at_a_time_untried_lanes_first() {
     assert_eq!((distinct.len(), probed[4]), (4, probed[0]), "then the lanes take turns");
     let wake = schedule.wake_at().unwrap();
     let start = schedule.next(wake).unwrap();
-    assert_eq!(
-        schedule.reported(start.lane, 1, Verdict::Delivered, at(wake)).breaker,
-        Some(Breaker::CameUp)
-    );
+    assert_eq!(schedule.reported(start.lane, 1, Verdict::Delivered, at(wake)).breaker, Some(Breaker::CameUp));
     assert!(schedule.next(wake).is_some(), "all lanes are due");
 }
 
