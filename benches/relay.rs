@@ -28,22 +28,22 @@ const PACED_SECONDS: u64 = 10;
 
 fn main() {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-    // `cargo bench -- scale 10000000`: a backlog of so many events instead.
+    // `cargo bench -- scale 10000000 1000000`: a backlog of so many events and customers instead.
     let arguments: Vec<String> = std::env::args().collect();
     match arguments.iter().position(|argument| argument == "scale") {
         Some(at) => {
             let events = arguments.get(at + 1).and_then(|count| count.parse().ok()).unwrap_or(1_000_000);
-            runtime.block_on(scale(events));
+            let customers = arguments.get(at + 2).and_then(|count| count.parse().ok()).unwrap_or(events / 10);
+            runtime.block_on(scale(events, customers.max(1)));
         }
         None => runtime.block_on(run()),
     }
 }
 
 /// A backlog of many events for an endpoint that is down: memory, disk, and how long a start takes with it.
-async fn scale(events: u64) {
+async fn scale(events: u64, customers: u64) {
     let dead = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let mut relay = Relay::start(dead);
-    let customers = (events / 10).max(1);
     println!("{events} waiting events of {customers} customers");
     let took = post_all(relay.address, "/v1/events", (events, customers), 500, 0).await;
     println!("accepted                                   {:>12.0} /s", events as f64 / took.as_secs_f64());

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
 use crate::api::{self, Api, Bound};
@@ -169,6 +169,7 @@ fn new_api(config: &Config, store: Store, metrics: Metrics, relay: mpsc::Sender<
         max_events: config.max_events,
         min_free_disk: config.min_free_disk,
         require_h5push: config.require_h5push,
+        bodies: Arc::new(Semaphore::new(api::BODIES_KIB)),
         is_up: AtomicBool::new(false),
     }
 }

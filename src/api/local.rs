@@ -1,6 +1,7 @@
 //! The local listener: who may call, and what there is (contract §2, §3, §4).
 
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -9,6 +10,7 @@ use hyper::body::{Body as _, Incoming};
 use hyper::header::{self, HeaderMap};
 use hyper::{Method, Request, Uri};
 use subtle::ConstantTimeEq as _;
+use tokio::sync::OwnedSemaphorePermit;
 
 use super::answer::{Answer, ApiError, Code, error};
 use super::events::Form;
@@ -93,15 +95,15 @@ async fn handle(api: &Api, route: Option<Route>, request: Request<Incoming>, is_
                 Some("application/x-ndjson") => Form::Ndjson,
                 _ => return Err(unsupported("application/json or application/x-ndjson")),
             };
-            let body = read_body(request, api.local.max_body_bytes).await?;
-            events::post(api, form, &body).await
+            let body = read_body(api, request).await?;
+            events::post(api, form, &body.bytes).await
         }
         Route::Customers if method == Method::PUT => {
             if content_type(request.headers())?.as_deref() != Some("application/json") {
                 return Err(unsupported("application/json"));
             }
-            let body = read_body(request, api.local.max_body_bytes).await?;
-            customers::put(api, &body).await
+            let body = read_body(api, request).await?;
+            customers::put(api, &body.bytes).await
         }
         Route::Customers => customers::get_or_delete(api, &method, &query).await,
         Route::H5push => {
@@ -111,8 +113,8 @@ async fn handle(api: &Api, route: Option<Route>, request: Request<Incoming>, is_
                 Some("application/x-www-form-urlencoded") => BodyForm::Form,
                 _ => return Err(unsupported("application/json or application/x-www-form-urlencoded")),
             };
-            let body = read_body(request, api.local.max_body_bytes).await?;
-            Ok(h5push::post(api, &query, form, &body).await)
+            let body = read_body(api, request).await?;
+            Ok(h5push::post(api, &query, form, &body.bytes).await)
         }
     }
 }
@@ -184,19 +186,33 @@ fn unsupported(expected: &str) -> ApiError {
     error(Code::UnsupportedMediaType, format!("content-type: must be {expected}"))
 }
 
-async fn read_body(request: Request<Incoming>, bytes_max: usize) -> Result<Bytes, ApiError> {
+/// A body, and the part of the memory for bodies that it holds while it is looked at.
+struct Body {
+    bytes: Bytes,
+    _room: OwnedSemaphorePermit,
+}
+
+async fn read_body(api: &Api, request: Request<Incoming>) -> Result<Body, ApiError> {
+    let bytes_max = api.local.max_body_bytes;
     let too_large = || error(Code::TooLarge, format!("body: must be at most {bytes_max} bytes"));
-    if request.body().size_hint().lower() > bytes_max as u64 {
+    let hint = request.body().size_hint();
+    if hint.lower() > bytes_max as u64 {
         return Err(too_large());
     }
-    #[expect(clippy::disallowed_methods, reason = "the one place that may: bounded in size and time")]
-    let whole = Limited::new(request.into_body(), bytes_max).collect();
-    match tokio::time::timeout(BODY_LIMIT, whole).await {
-        Err(_) => Err(error(Code::RequestTimeout, format!("body: took longer than {} s", BODY_LIMIT.as_secs()))),
-        Ok(Err(problem)) if problem.is::<LengthLimitError>() => Err(too_large()),
-        Ok(Err(_)) => Err(error(Code::InvalidRequest, "body: broken off")),
-        Ok(Ok(body)) => Ok(body.to_bytes()),
-    }
+    let expected = hint.exact().map_or(bytes_max, |exact| exact as usize);
+    let read = async {
+        let room = u32::try_from(expected / 1_024 + 1).unwrap_or(u32::MAX);
+        let room = Arc::clone(&api.bodies).acquire_many_owned(room).await;
+        let room = room.map_err(|_| error(Code::Stopping, "the relay is stopping"))?;
+        #[expect(clippy::disallowed_methods, reason = "the one place that may: bounded in size and time")]
+        match Limited::new(request.into_body(), bytes_max).collect().await {
+            Ok(body) => Ok(Body { bytes: body.to_bytes(), _room: room }),
+            Err(problem) if problem.is::<LengthLimitError>() => Err(too_large()),
+            Err(_) => Err(error(Code::InvalidRequest, "body: broken off")),
+        }
+    };
+    let too_slow = || error(Code::RequestTimeout, format!("body: took longer than {} s", BODY_LIMIT.as_secs()));
+    tokio::time::timeout(BODY_LIMIT, read).await.unwrap_or_else(|_| Err(too_slow()))
 }
 
 #[cfg(test)]

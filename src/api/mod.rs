@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Semaphore, mpsc, oneshot};
 
 pub use self::server::{Bound, ListenError, Shutdown, bind_local, bind_metrics, serve_local, serve_metrics};
 use crate::clock;
@@ -26,6 +26,8 @@ use crate::metrics::{EndpointNow, Metrics, Now};
 use crate::relay::{Command, View};
 use crate::store::Store;
 
+/// Memory for the bodies of requests, KiB; a single body is at most 32 MiB.
+pub const BODIES_KIB: usize = 48 << 10;
 /// How long the relay may take to answer a question.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 
@@ -50,6 +52,8 @@ pub struct Api {
     pub min_free_disk: u64,
     /// `gate.require_h5push`
     pub require_h5push: bool,
+    /// Memory for bodies that are being read or judged, in KiB: what does not fit waits its turn.
+    pub bodies: Arc<Semaphore>,
     /// Whether the listeners are up and nobody has asked for a stop.
     pub is_up: AtomicBool,
 }

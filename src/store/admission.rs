@@ -116,7 +116,8 @@ pub(super) type Changed = (Customer, Option<Ticket>);
 /// Either what was decided, or which rows must be fetched first.
 pub(super) enum Step<T> {
     Done(T),
-    Missing { keys: Vec<StateKey>, turns: u64 },
+    /// Each with its version of now.
+    Missing(Vec<(StateKey, u32)>),
 }
 
 /// Everything that is decided before the 202.
@@ -152,7 +153,7 @@ impl Admission {
         Admission {
             rules,
             ids,
-            cache: StateCache::default(),
+            cache: StateCache::new(),
             pending: Vec::new(),
             is_stopping: false,
             is_disk_low: false,
@@ -192,16 +193,16 @@ impl Admission {
     /// The whole is refused, and nothing changed.
     pub(super) fn post(&mut self, posts: &mut [Post<'_>], now_ms: u64) -> Result<Step<Judged>, Refusal> {
         self.check_open()?;
-        if self.is_disk_low || self.cache.is_crowded() {
+        if self.is_disk_low {
             return Err(Refusal::DiskLow);
         }
-        let mut missing = Vec::new();
+        let mut missing = HashSet::new();
         for post in posts.iter().filter(|post| post.endpoint.is_some()) {
             let event = post.event;
             self.collect_missing(event.plugin, &event.web_token, &event.hearing, &mut missing);
         }
         if !missing.is_empty() {
-            return Ok(Step::Missing { keys: missing, turns: self.cache.turns() });
+            return Ok(self.missing(missing));
         }
         let now_s = now_ms / 1_000;
         self.ids.expire(now_s);
@@ -269,10 +270,10 @@ impl Admission {
         withdraw: Option<oneshot::Sender<u64>>,
     ) -> Result<Step<Option<Changed>>, Refusal> {
         self.check_open()?;
-        let mut missing = Vec::new();
+        let mut missing = HashSet::new();
         self.collect_missing(plugin, web_token, hearing, &mut missing);
         if !missing.is_empty() {
-            return Ok(Step::Missing { keys: missing, turns: self.cache.turns() });
+            return Ok(self.missing(missing));
         }
         if must_exist && self.known(plugin, web_token, now_s).is_none() {
             return Ok(Step::Done(None));
@@ -302,7 +303,7 @@ impl Admission {
         let key = |plugin: &Plugin| StateKey::Customer(*plugin, web_token.to_owned());
         let keys: Vec<StateKey> = plugins.iter().map(key).filter(|key| self.cache.get(key).is_none()).collect();
         if !keys.is_empty() {
-            return Ok(Step::Missing { keys, turns: self.cache.turns() });
+            return Ok(self.missing(keys));
         }
         let (done, receiver) = oneshot::channel();
         let mut request = self.begin(done);
@@ -377,6 +378,14 @@ impl Admission {
         receiver
     }
 
+    fn missing<T>(&self, keys: impl IntoIterator<Item = StateKey>) -> Step<T> {
+        let with_version = |key: StateKey| {
+            let version = self.cache.version(&key);
+            (key, version)
+        };
+        Step::Missing(keys.into_iter().map(with_version).collect())
+    }
+
     fn check_open(&self) -> Result<(), Refusal> {
         if self.is_stopping { Err(Refusal::Stopping) } else { Ok(()) }
     }
@@ -419,11 +428,11 @@ impl Admission {
     }
 
     /// Which rows must be in the cache before a request about this customer can be decided.
-    fn collect_missing(&mut self, plugin: Plugin, web_token: &str, hearing: &Hearing, missing: &mut Vec<StateKey>) {
+    fn collect_missing(&mut self, plugin: Plugin, web_token: &str, hearing: &Hearing, missing: &mut HashSet<StateKey>) {
         let mut need = |cache: &mut StateCache, key: StateKey| -> Option<StateValue> {
             let found = cache.get(&key).cloned();
-            if found.is_none() && !missing.contains(&key) {
-                missing.push(key);
+            if found.is_none() {
+                missing.insert(key);
             }
             found
         };

@@ -28,9 +28,14 @@ impl Ids {
         Ids { keys: VecDeque::new(), seconds: VecDeque::new(), table: HashTable::new(), first: 0, max, window_s }
     }
 
-    /// Begins at a number, for a ring that is loaded.
-    pub(super) fn start_at(&mut self, number: u64) {
+    /// Begins at a number, for a ring that is loaded with about so many.
+    pub(super) fn start_at(&mut self, number: u64, expected: usize) {
         self.first = number;
+        let expected = expected.min(self.max);
+        self.keys.reserve_exact(expected);
+        self.seconds.reserve_exact(expected);
+        // Nothing is in it yet, so nothing is hashed anew.
+        self.table.reserve(expected, |_| 0);
     }
 
     /// Number of the next key.
@@ -98,7 +103,7 @@ mod tests {
     #[test]
     fn the_ring_is_bounded_in_number_and_age_and_can_take_back() {
         let mut ids = Ids::new(3, 10);
-        ids.start_at(u64::from(u32::MAX) - 1);
+        ids.start_at(u64::from(u32::MAX) - 1, 3);
         for n in 0..5u128 {
             ids.push(n << 64 | n, 100);
         }

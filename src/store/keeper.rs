@@ -37,7 +37,7 @@ const CHECKPOINT_BYTES: u64 = 64 << 20;
 /// State log bytes beyond which it may be written anew.
 const STATE_LOG_MIN: u64 = 16 << 20;
 /// Buckets of customers looked through in a second for those to be forgotten: all of them in about a day.
-const SWEEP_BUCKETS: u16 = 1;
+const SWEEP_BUCKETS: u32 = 3;
 
 /// A lane's retry state as a row.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -269,7 +269,7 @@ pub(super) struct Keeper<'a> {
     /// The last checkpoint: up to where, when (monotonic), and what it said.
     last: Position,
     last_at: Duration,
-    swept: u16,
+    swept: u32,
     removed_logs: u64,
 }
 
@@ -388,9 +388,11 @@ impl<'a> Keeper<'a> {
         if let (Some(queue), Some(applier)) = (inner.queue(), self.applier.as_mut()) {
             let (now_s, forget_after_s) = (clock::wall_ms() / 1_000, applier.forget_after_s);
             let is_forgotten = |customer: &Customer| customer.is_forgotten(now_s, forget_after_s);
-            let swept =
-                applier.commit(&queue).and_then(|()| state::sweep(&queue, &applier.hashing, self.swept, is_forgotten));
-            self.swept = self.swept.wrapping_add(SWEEP_BUCKETS);
+            let mut swept = applier.commit(&queue);
+            for _ in 0..SWEEP_BUCKETS {
+                swept = swept.and_then(|()| state::sweep(&queue, &applier.hashing, self.swept, is_forgotten));
+                self.swept = (self.swept + 1) % state::BUCKETS;
+            }
             if let Err(error) = swept {
                 inner.failed("queue", &error);
             }

@@ -54,6 +54,7 @@ use self::queue::{Queue, QueueError};
 pub use self::recover::OpenError;
 use self::segment::Frame;
 use self::state::StateKey;
+use crate::clock;
 use crate::domain::backlog::{GroupMark, SLOTS_MAX};
 use crate::domain::customer::{Customer, Hearing, NameKind};
 use crate::domain::endpoint::{EndpointName, Plugin};
@@ -344,6 +345,9 @@ pub struct Threads {
     threads: Vec<JoinHandle<()>>,
 }
 
+/// How long a request waits at most for the queue's rows to catch up, and how often it looks.
+const ROWS_LIMIT: Duration = Duration::from_secs(10);
+const ROWS_AGAIN: Duration = Duration::from_millis(5);
 /// How often rows are fetched for a request before it is given up: each time something else changed meanwhile.
 const FETCHES_MAX: usize = 100;
 
@@ -359,6 +363,7 @@ impl Store {
     /// # Errors
     /// The whole is refused: nothing was stored.
     pub async fn post(&self, mut posts: Vec<Post<'_>>, now_ms: u64) -> Result<Vec<Posted>, Refusal> {
+        self.wait_for_rows().await?;
         let judged = self.decided(|admission| admission.post(&mut posts, now_ms))?;
         self.wait(judged.ticket).await?;
         for key in judged.fate_of {
@@ -453,7 +458,7 @@ impl Store {
         let key = StateKey::Customer(plugin, web_token.to_owned());
         self.decided(|admission| {
             Ok(match admission.cache.get(&key) {
-                None => Step::Missing { keys: vec![key.clone()], turns: admission.cache.turns() },
+                None => Step::Missing(vec![(key.clone(), admission.cache.version(&key))]),
                 Some(_) => Step::Done(admission.known(plugin, web_token, now_s)),
             })
         })
@@ -467,7 +472,7 @@ impl Store {
         let key = StateKey::Name(kind, plugin, name.to_owned());
         self.decided(|admission| {
             Ok(match admission.cache.get(&key) {
-                None => Step::Missing { keys: vec![key.clone()], turns: admission.cache.turns() },
+                None => Step::Missing(vec![(key.clone(), admission.cache.version(&key))]),
                 Some(state::StateValue::Name(web_token)) => Step::Done(web_token.clone()),
                 Some(state::StateValue::Customer(_)) => Step::Done(None),
             })
@@ -596,26 +601,36 @@ impl Store {
             if is_awaited {
                 self.inner.work.notify_one();
             }
-            let (keys, turns) = match step {
+            let keys = match step {
                 Step::Done(done) => return Ok(done),
-                Step::Missing { keys, turns } => (keys, turns),
+                Step::Missing(keys) => keys,
             };
             let queue = self.inner.queue().ok_or(Refusal::DiskLow)?;
             let hashing = self.hashing();
-            let mut values = Vec::with_capacity(keys.len());
-            for key in keys {
+            let mut rows = Vec::with_capacity(keys.len());
+            for (key, version) in keys {
                 let value =
                     state::read(&queue, &hashing, &key).map_err(|error| self.inner.queue_failed("read", &error))?;
-                values.push((key, value));
+                rows.push((key, version, value));
             }
             let mut admission = lock(&self.inner.admission);
-            if admission.cache.turns() == turns {
-                for (key, value) in values {
-                    admission.cache.fill(key, value);
-                }
+            for (key, version, value) in rows {
+                admission.cache.fill(key, version, value);
             }
         }
         Err(Refusal::DiskLow)
+    }
+
+    /// Waits while the queue's rows are far behind: what they have not taken yet is held in memory.
+    async fn wait_for_rows(&self) -> Result<(), Refusal> {
+        let begun = clock::now();
+        while lock(&self.inner.admission).cache.is_crowded() {
+            if begun.elapsed() > ROWS_LIMIT {
+                return Err(Refusal::DiskLow);
+            }
+            tokio::time::sleep(ROWS_AGAIN).await;
+        }
+        Ok(())
     }
 
     async fn wait(&self, ticket: Option<Ticket>) -> Result<(), Refusal> {

@@ -251,8 +251,24 @@ impl Queue {
         })
     }
 
+    /// Shows a bucket's pages one after another, as stored, until `visit` has what it looks for.
+    pub(super) fn look_in_bucket<T>(
+        &self,
+        kind: u8,
+        bucket: u32,
+        mut visit: impl FnMut(&[u8]) -> Result<Option<T>, QueueError>,
+    ) -> Result<Option<T>, QueueError> {
+        for page in 0..=u8::MAX {
+            let Some(row) = guarded(|| Ok(self.db.get(page_key(kind, bucket, page))?))? else { break };
+            if let Some(found) = visit(&row)? {
+                return Ok(Some(found));
+            }
+        }
+        Ok(None)
+    }
+
     /// All entries of a bucket, over its pages.
-    pub(super) fn bucket<T: DeserializeOwned>(&self, kind: u8, bucket: u16) -> Result<Vec<T>, QueueError> {
+    pub(super) fn bucket<T: DeserializeOwned>(&self, kind: u8, bucket: u32) -> Result<Vec<T>, QueueError> {
         let mut all = Vec::new();
         for page in 0..=u8::MAX {
             match self.get_row::<Vec<T>>(&page_key(kind, bucket, page), "bucket")? {
@@ -265,7 +281,7 @@ impl Queue {
 
     /// Writes a bucket, over as many pages as it needs. The pages are not written as one: what is replayed after a
     /// crash writes all of them again.
-    pub(super) fn put_bucket<T: Serialize>(&self, kind: u8, bucket: u16, entries: &[T]) -> Result<(), QueueError> {
+    pub(super) fn put_bucket<T: Serialize>(&self, kind: u8, bucket: u32, entries: &[T]) -> Result<(), QueueError> {
         let mut pages: Vec<Vec<&T>> = Vec::new();
         let mut filled = 0;
         for entry in entries {
@@ -323,9 +339,9 @@ fn block_key(segment: u64, generation: u32, block: u32) -> Vec<u8> {
     [numbered(b'i', segment).as_slice(), &generation.to_be_bytes(), &block.to_be_bytes()].concat()
 }
 
-fn page_key(kind: u8, bucket: u16, page: u8) -> [u8; 4] {
-    let [high, low] = bucket.to_be_bytes();
-    [kind, high, low, page]
+fn page_key(kind: u8, bucket: u32, page: u8) -> [u8; 6] {
+    let [a, b, c, d] = bucket.to_be_bytes();
+    [kind, a, b, c, d, page]
 }
 
 /// Index entries, each number as the difference to the entry before.

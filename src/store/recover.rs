@@ -417,7 +417,7 @@ impl Opening<'_> {
         let rules = &self.settings.rules;
         let mut ids = Ids::new(rules.dedupe_max, rules.dedupe_window_s);
         let first_row = next_id.saturating_sub(rules.dedupe_max as u64) / ID_ROW as u64;
-        ids.start_at(first_row * ID_ROW as u64);
+        ids.start_at(first_row * ID_ROW as u64, (next_id - first_row * ID_ROW as u64) as usize);
         for row in first_row..=next_id / ID_ROW as u64 {
             match queue.ids(row) {
                 Ok(Some(entries)) => {

@@ -2,16 +2,20 @@
 //! the queue has not taken yet.
 
 use std::collections::HashMap;
+use std::hash::{BuildHasher as _, RandomState};
 
 use super::codec::StateChange;
 use super::queue::{Queue, QueueError};
-use crate::domain::customer::{Customer, NameKind};
+use crate::domain::customer::{Customer, NameKind, Toggle};
 use crate::domain::endpoint::Plugin;
 use crate::domain::keys::HashKey;
 use serde::{Deserialize, Serialize};
 
 /// Clean entries beyond which the older half is dropped.
 const CLEAN_MAX: usize = 20_000;
+
+/// Entries beyond which requests wait until the queue has taken some.
+const CHANGED_MAX: usize = 80_000;
 
 /// What is looked up.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -42,18 +46,50 @@ pub(super) struct Undo {
 }
 
 /// The cache. Two generations: what was not used since the last turn goes, unless the queue has yet to take it.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct StateCache {
     young: HashMap<StateKey, Entry>,
     old: HashMap<StateKey, Entry>,
-    turns: u64,
+    /// By a hash of the key: moves when a changed entry leaves the cache.
+    versions: Vec<u32>,
+    hasher: RandomState,
     applied: u64,
+    /// Size of the young generation at which it becomes the old one.
+    turn_at: usize,
+    /// `applied` when everything that it covers was last dropped.
+    purged: u64,
 }
 
+/// Keys share a version with few others.
+const VERSIONS: usize = 1 << 14;
+
 impl StateCache {
-    /// Changes whenever something may have left the cache: a row read from the queue before that may be out of date.
-    pub(super) fn turns(&self) -> u64 {
-        self.turns
+    pub(super) fn new() -> StateCache {
+        StateCache {
+            young: HashMap::new(),
+            old: HashMap::new(),
+            versions: vec![0; VERSIONS],
+            hasher: RandomState::new(),
+            applied: 0,
+            turn_at: CLEAN_MAX,
+            purged: 0,
+        }
+    }
+
+    /// A row that is read from the queue is out of date if this has moved meanwhile: a newer value came and went.
+    pub(super) fn version(&self, key: &StateKey) -> u32 {
+        self.versions.get(self.shard(key)).copied().unwrap_or(0)
+    }
+
+    fn shard(&self, key: &StateKey) -> usize {
+        self.hasher.hash_one(key) as usize % VERSIONS
+    }
+
+    fn move_version(&mut self, key: &StateKey) {
+        let shard = self.shard(key);
+        if let Some(version) = self.versions.get_mut(shard) {
+            *version = version.wrapping_add(1);
+        }
     }
 
     pub(super) fn get(&mut self, key: &StateKey) -> Option<&StateValue> {
@@ -65,9 +101,9 @@ impl StateCache {
         self.young.get(key).map(|entry| &entry.value)
     }
 
-    /// Takes what was read from the queue, unless something newer is known.
-    pub(super) fn fill(&mut self, key: StateKey, value: StateValue) {
-        if self.get(&key).is_none() {
+    /// Takes what was read from the queue since `version`, unless something newer is or was known.
+    pub(super) fn fill(&mut self, key: StateKey, version: u32, value: StateValue) {
+        if self.get(&key).is_none() && self.version(&key) == version {
             self.make_room();
             self.young.insert(key, Entry { value, ticket: 0 });
         }
@@ -82,11 +118,11 @@ impl StateCache {
 
     pub(super) fn undo(&mut self, undo: Undo) {
         self.old.remove(&undo.key);
+        self.move_version(&undo.key);
         match undo.before {
             Some(entry) => self.young.insert(undo.key, entry),
             None => self.young.remove(&undo.key),
         };
-        self.turns += 1;
     }
 
     /// The queue has taken the changes of all requests up to this one.
@@ -103,20 +139,35 @@ impl StateCache {
         self.young.keys().chain(self.old.keys()).filter_map(of_it).collect()
     }
 
-    /// Entries that the queue has yet to take.
-    pub(super) fn is_crowded(&self) -> bool {
-        self.young.len() + self.old.len() > 10 * CLEAN_MAX
+    /// Whether more changes wait for the queue than memory is meant for.
+    pub(super) fn is_crowded(&mut self) -> bool {
+        if self.young.len() + self.old.len() > CHANGED_MAX && self.purged != self.applied {
+            self.purged = self.applied;
+            // Both generations, so that only what the queue has yet to take is left.
+            self.turn();
+            self.turn();
+        }
+        self.young.len() + self.old.len() > CHANGED_MAX
     }
 
     fn make_room(&mut self) {
-        if self.young.len() < CLEAN_MAX {
-            return;
+        if self.young.len() >= self.turn_at {
+            self.turn();
         }
-        let applied = self.applied;
-        let mut kept: HashMap<StateKey, Entry> = std::mem::take(&mut self.old);
-        kept.retain(|_, entry| entry.ticket > applied);
+    }
+
+    fn turn(&mut self) {
+        let mut kept = HashMap::new();
+        for (key, entry) in std::mem::take(&mut self.old) {
+            if entry.ticket > self.applied {
+                kept.insert(key, entry);
+            } else if entry.ticket > 0 {
+                self.move_version(&key);
+            }
+        }
+        // What must be kept may be more than that: then the next turn comes when as much again is new.
+        self.turn_at = CLEAN_MAX.max(2 * kept.len());
         self.old = std::mem::replace(&mut self.young, kept);
-        self.turns += 1;
     }
 }
 
@@ -129,20 +180,53 @@ struct NameEntry {
     web_token: String,
 }
 
+/// A customer as it stands in a row, without copying those that are not looked for. The fields are those of
+/// [`Customer`], in its order.
+#[derive(Deserialize)]
+struct Stored<'a> {
+    web_token: &'a str,
+    plugin: Plugin,
+    customer_token: Option<&'a str>,
+    sdk_token: Option<&'a str>,
+    h5push: Option<bool>,
+    toggle: Toggle,
+    heard: u64,
+}
+
+impl Stored<'_> {
+    fn into_customer(self) -> Customer {
+        Customer {
+            web_token: self.web_token.to_owned(),
+            plugin: self.plugin,
+            customer_token: self.customer_token.map(str::to_owned),
+            sdk_token: self.sdk_token.map(str::to_owned),
+            h5push: self.h5push,
+            toggle: self.toggle,
+            heard: self.heard,
+        }
+    }
+}
+
+/// Buckets of customers, and of names: a few entries each up to some millions, so that a change rewrites little.
+pub(super) const BUCKETS: u32 = 1 << 18;
 const CUSTOMERS: u8 = b'c';
 const NAMES: u8 = b'n';
 
-fn bucket(hashing: &HashKey, name: &str) -> u16 {
-    hashing.bucket(name) as u16
+fn bucket(hashing: &HashKey, name: &str) -> u32 {
+    hashing.bucket(name) as u32 % BUCKETS
 }
 
 /// Reads what the queue's rows say.
 pub(super) fn read(queue: &Queue, hashing: &HashKey, key: &StateKey) -> Result<StateValue, QueueError> {
     Ok(match key {
         StateKey::Customer(plugin, web_token) => {
-            let customers: Vec<Customer> = queue.bucket(CUSTOMERS, bucket(hashing, web_token))?;
-            let is_it = |customer: &Customer| customer.plugin == *plugin && customer.web_token == *web_token;
-            StateValue::Customer(customers.into_iter().find(is_it))
+            let found = queue.look_in_bucket(CUSTOMERS, bucket(hashing, web_token), |page| {
+                let customers: Vec<Stored<'_>> =
+                    postcard::from_bytes(page).map_err(|_| QueueError::Damaged("bucket"))?;
+                let is_it = |customer: &Stored<'_>| customer.plugin == *plugin && customer.web_token == web_token;
+                Ok(customers.into_iter().find(is_it).map(Stored::into_customer))
+            })?;
+            StateValue::Customer(found)
         }
         StateKey::Name(kind, plugin, name) => {
             let names: Vec<NameEntry> = queue.bucket(NAMES, bucket(hashing, name))?;
@@ -199,8 +283,8 @@ pub(super) fn apply(
 pub(super) fn sweep(
     queue: &Queue,
     hashing: &HashKey,
-    bucket: u16,
-    is_forgotten: impl Fn(&Customer) -> bool,
+    bucket: u32,
+    is_forgotten: impl Fn(&Customer) -> bool + Copy,
 ) -> Result<(), QueueError> {
     let customers: Vec<Customer> = queue.bucket(CUSTOMERS, bucket)?;
     let (gone, kept): (Vec<Customer>, Vec<Customer>) = customers.into_iter().partition(|other| is_forgotten(other));
@@ -222,7 +306,7 @@ pub(super) fn sweep(
 
 /// Every change that would build the rows anew, bucket by bucket.
 pub(super) fn dump(queue: &Queue, mut write: impl FnMut(StateChange)) -> Result<(), QueueError> {
-    for bucket in 0..=u16::MAX {
+    for bucket in 0..BUCKETS {
         for customer in queue.bucket::<Customer>(CUSTOMERS, bucket)? {
             write(StateChange::PutCustomer(customer));
         }
