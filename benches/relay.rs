@@ -2,6 +2,13 @@
 //!
 //! The same load generator and the same sink serve the ceiling (generator posts straight to the sink) and the relay
 //! (generator posts to the relay, the relay pushes to the sink).
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stdout,
+    clippy::disallowed_methods,
+    reason = "a bench measures time, prints, and fails by panicking"
+)]
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
