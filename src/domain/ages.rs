@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 const BUCKETS_MAX: usize = 2_048;
 
 /// Counts of events by the second in which they were accepted, oldest first. Exact while fewer than
-/// [`BUCKETS_MAX`] different seconds wait; then neighbouring seconds share a bucket and the age errs upwards.
+/// `BUCKETS_MAX` different seconds wait; then neighbouring seconds share a bucket and the age errs upwards.
 #[derive(Debug, Default)]
 pub struct Ages {
     buckets: VecDeque<(u32, u32)>,
