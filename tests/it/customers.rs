@@ -124,12 +124,15 @@ fn switching_off_withdraws_what_waits_and_stops_a_lane_that_is_in_trouble() {
     let tried = receiver.pushes().iter().filter(|push| push.customer() == "b").count();
     receiver
         .wait("b to be tried again", |pushes| pushes.iter().filter(|push| push.customer() == "b").count() >= tried + 3);
-    assert!(receiver.pushes().iter().all(|push| push.customer() != "a" || push.at < after));
+    // One that had begun before the answer may be seen after it.
+    let late = receiver.pushes().iter().filter(|push| push.customer() == "a" && push.at >= after).count();
+    assert!(late <= 1, "{late}");
     relay.wait_metric("h5push_withdrawn_total", &[], |count| count == 5.0);
     // Nor after a crash; and switched on again, only what is new.
+    // (Well before the start: what waits may be due at once.)
     let dir = relay.kill();
-    let relay = Relay::start_in(dir, &config(receiver.address, ""));
     receiver.answer_status(200);
+    let relay = Relay::start_in(dir, &config(receiver.address, ""));
     assert_eq!(relay.toggle("web_token=a&im_web_plugin_id=12&h5push=true")["status_code"], 1);
     relay.queue(&event("a", "a10"));
     receiver.wait("everything", |pushes| pushes.iter().filter(|push| push.status == 200).count() >= 2);
