@@ -20,6 +20,9 @@ use super::{Api, customers, events, h5push, metrics};
 /// How long a body may take, whole.
 const BODY_LIMIT: Duration = Duration::from_secs(10);
 
+/// Bodies up to this, in bytes, are read without asking for room.
+const SMALL_BODY: usize = 64 << 10;
+
 /// A route, as counted in metrics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Route {
@@ -189,7 +192,7 @@ fn unsupported(expected: &str) -> ApiError {
 /// A body, and the part of the memory for bodies that it holds while it is looked at.
 struct Body {
     bytes: Bytes,
-    _room: OwnedSemaphorePermit,
+    _room: Option<OwnedSemaphorePermit>,
 }
 
 async fn read_body(api: &Api, request: Request<Incoming>) -> Result<Body, ApiError> {
@@ -202,8 +205,12 @@ async fn read_body(api: &Api, request: Request<Incoming>) -> Result<Body, ApiErr
     let expected = hint.exact().map_or(bytes_max, |exact| exact as usize);
     let read = async {
         let room = u32::try_from(expected / 1_024 + 1).unwrap_or(u32::MAX);
-        let room = Arc::clone(&api.bodies).acquire_many_owned(room).await;
-        let room = room.map_err(|_| error(Code::Stopping, "the relay is stopping"))?;
+        // Small ones are bounded by the number of connections: large and slow ones never keep them waiting.
+        let room = match expected {
+            0..=SMALL_BODY => None,
+            _ => Some(Arc::clone(&api.bodies).acquire_many_owned(room).await),
+        };
+        let room = room.transpose().map_err(|_| error(Code::Stopping, "the relay is stopping"))?;
         #[expect(clippy::disallowed_methods, reason = "the one place that may: bounded in size and time")]
         match Limited::new(request.into_body(), bytes_max).collect().await {
             Ok(body) => Ok(Body { bytes: body.to_bytes(), _room: room }),

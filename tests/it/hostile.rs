@@ -65,6 +65,28 @@ fn slow_and_idle_clients_are_cut_off_and_starve_nobody() {
     assert!(begun.elapsed() < Duration::from_secs(40));
 }
 
+#[test]
+fn large_bodies_that_do_not_come_keep_no_small_one_waiting() {
+    let receiver = Receiver::start();
+    let relay = Relay::start(&config(receiver.address, ""));
+    let head = format!(
+        "POST /v1/events HTTP/1.1\r\nhost: {}\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n[",
+        relay.local,
+        8 << 20
+    );
+    let _slow: Vec<TcpStream> = (0..20)
+        .map(|_| {
+            let mut stream = TcpStream::connect(relay.local).unwrap();
+            stream.write_all(head.as_bytes()).unwrap();
+            stream
+        })
+        .collect();
+    std::thread::sleep(Duration::from_millis(200));
+    let begun = Instant::now();
+    relay.queue(&event("a", "m"));
+    assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
+}
+
 /// A receiver that does something else with each connection.
 fn misbehaving(act: impl Fn(TcpStream) + Send + Clone + 'static) -> std::net::SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
