@@ -199,6 +199,8 @@ impl Relay {
         let child = Command::new(env!("CARGO_BIN_EXE_h5push-relay"))
             .arg("--config")
             .arg(dir.path().join("config.toml"))
+            // As systemd/h5push-relay.service has it.
+            .env("MALLOC_ARENA_MAX", "2")
             .stdin(Stdio::null())
             .stderr(Stdio::null())
             .spawn()

@@ -1,6 +1,5 @@
 //! Wiring, start and stop: the only file that sees everything.
 
-use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,10 +9,9 @@ use arc_swap::ArcSwap;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
-use crate::api::{self, Api, Bound};
+use crate::api::{self, Api, Bound, Callers};
 use crate::clock;
-use crate::config::{Config, Endpoint};
-use crate::domain::endpoint::EndpointName;
+use crate::config::{Config, Endpoints};
 use crate::domain::push::PushBounds;
 use crate::domain::retry::Delays;
 use crate::domain::schedule::{self, Schedule};
@@ -49,6 +47,7 @@ pub struct App {
     commands: mpsc::Sender<Command>,
     relay: tokio::task::JoinHandle<()>,
     listeners: JoinSet<()>,
+    scrapes: JoinSet<()>,
     stop_local: watch::Sender<bool>,
     stop_metrics: watch::Sender<bool>,
     api: Arc<Api>,
@@ -57,6 +56,8 @@ pub struct App {
     pub local_address: Option<SocketAddr>,
     /// Where `[metrics]` listens.
     pub metrics_address: Option<SocketAddr>,
+    /// Where `[open_api]` listens.
+    pub open_api_address: Option<SocketAddr>,
 }
 
 impl App {
@@ -67,22 +68,30 @@ impl App {
     pub async fn start(config: Config) -> Result<App, StartError> {
         let metrics = Metrics::new(config.metrics_max_endpoints)?;
         let deliverer = Deliverer::new(config.extra_ca_file.as_deref())?;
+        for warning in &config.warnings {
+            tracing::warn!("{warning}");
+        }
         // Bound before the store is opened: a wrong address is said at once. What comes early waits in the kernel.
         let local = api::bind_local(&config.local)?;
-        let scrape = api::bind_metrics(config.metrics_listen)?;
+        let scrape = api::bind_tcp_at(config.metrics_listen)?;
+        let open_api = config.open_api.listen.map(api::bind_tcp_at).transpose()?;
         let (local_address, metrics_address) = (local.address(), scrape.address());
+        let open_api_address = open_api.as_ref().and_then(Bound::address);
+        let config = Arc::new(config);
         let mut schedule = Schedule::new(schedule_settings(&config));
-        for endpoint in config.endpoints.values() {
-            schedule.put_endpoint(endpoint.name, endpoint.limits, 0);
-            // Its series are there from the start.
-            drop(metrics.endpoint(endpoint.name));
-        }
         let (tell, notices) = mpsc::channel(NOTICES_MAX);
         let settings = store_settings(&config);
         let store_metrics = metrics.store.clone();
+        let file = Arc::clone(&config);
         let opened = tokio::task::spawn_blocking(move || {
             let begun = clock::now();
-            let opened = Store::open(settings, store_metrics, &mut schedule, tell);
+            // What waits for an endpoint that is not there is given up: they must be known before it is loaded.
+            let prepare = |settings: &_, schedule: &mut Schedule| {
+                for endpoint in file.effective(&api::entries(settings)).values().flatten() {
+                    schedule.put_endpoint(endpoint.name, endpoint.limits, 0);
+                }
+            };
+            let opened = Store::open(settings, store_metrics, &mut schedule, prepare, tell);
             (opened, schedule, begun.elapsed())
         });
         let (opened, schedule, took) = match opened.await {
@@ -96,15 +105,25 @@ impl App {
             bounds: PushBounds { messages_max: config.max_messages, bytes_max: config.max_bytes },
             logs_attempts: config.log_attempts,
         };
-        let relay = Relay::new(schedule, store.clone(), deliverer, &config.endpoints, relay_settings, metrics.clone());
+        let endpoints = config.effective(&api::entries(&store.settings()));
+        for endpoint in endpoints.values().flatten() {
+            tracing::info!(endpoint = %endpoint.name, url = endpoint.url.shown(), "endpoint");
+        }
+        let rule = Arc::new(config.url_rule.clone());
+        let configured = (&endpoints, &rule);
+        let relay = Relay::new(schedule, store.clone(), deliverer, configured, relay_settings, metrics.clone());
         let (commands, asked) = mpsc::channel(relay::COMMANDS_MAX);
         let relay = tokio::spawn(relay.run(notices, asked));
-        let api = Arc::new(new_api(&config, store.clone(), metrics, commands.clone()));
+        let api = Arc::new(new_api(&config, endpoints, store.clone(), metrics, commands.clone()));
         let mut listeners = JoinSet::new();
         let (stop_local, local_stopped) = watch::channel(false);
         let (stop_metrics, metrics_stopped) = watch::channel(false);
-        listeners.spawn(serve(local, Arc::clone(&api), local_stopped, true));
-        listeners.spawn(serve(scrape, Arc::clone(&api), metrics_stopped, false));
+        if let Some(open_api) = open_api {
+            listeners.spawn(api::serve_open_api(open_api, Arc::clone(&api), local_stopped.clone()));
+        }
+        listeners.spawn(api::serve_local(local, Arc::clone(&api), local_stopped));
+        let mut scrapes = JoinSet::new();
+        scrapes.spawn(api::serve_metrics(scrape, Arc::clone(&api), metrics_stopped));
         api.is_up.store(true, Ordering::SeqCst);
         Ok(App {
             store,
@@ -112,18 +131,21 @@ impl App {
             commands,
             relay,
             listeners,
+            scrapes,
             stop_local,
             stop_metrics,
             api,
             shutdown_timeout: config.shutdown_timeout,
             local_address,
             metrics_address,
+            open_api_address,
         })
     }
 
     /// Stops: listeners first, then attempts, then the store. What is accepted is kept.
     pub async fn stop(self) {
-        let App { store, threads, commands, relay, mut listeners, stop_local, stop_metrics, api, .. } = self;
+        let App { store, threads, commands, relay, mut listeners, mut scrapes, stop_local, stop_metrics, api, .. } =
+            self;
         let deadline = tokio::time::Instant::now() + self.shutdown_timeout;
         api.is_up.store(false, Ordering::SeqCst);
         stop_local.send_replace(true);
@@ -134,11 +156,13 @@ impl App {
             tracing::warn!("attempts in flight are given up: they will be made again");
         }
         // Requests that had begun are answered by now, or too slow.
-        if tokio::time::timeout_at(deadline, listeners.join_next()).await.is_err() {
+        let answered = async { while listeners.join_next().await.is_some() {} };
+        if tokio::time::timeout_at(deadline, answered).await.is_err() {
             tracing::warn!("a request was still being sent");
         }
         stop_metrics.send_replace(true);
         listeners.shutdown().await;
+        scrapes.shutdown().await;
         drop(commands);
         let ended = tokio::task::spawn_blocking(move || store.end(threads)).await;
         if ended.is_err() {
@@ -149,26 +173,21 @@ impl App {
     }
 }
 
-async fn serve(bound: Bound, api: Arc<Api>, stop: watch::Receiver<bool>, is_local: bool) {
-    if is_local {
-        api::serve_local(bound, api, stop).await;
-    } else {
-        api::serve_metrics(bound, api, stop).await;
-    }
-}
-
-fn new_api(config: &Config, store: Store, metrics: Metrics, relay: mpsc::Sender<Command>) -> Api {
-    let endpoints: BTreeMap<EndpointName, Endpoint> = config.endpoints.clone();
+fn new_api(
+    config: &Arc<Config>,
+    endpoints: Endpoints,
+    store: Store,
+    metrics: Metrics,
+    relay: mpsc::Sender<Command>,
+) -> Api {
     Api {
         store,
         metrics,
         relay,
+        config: ArcSwap::new(Arc::clone(config)),
         endpoints: ArcSwap::from_pointee(endpoints),
-        local: config.local.clone(),
-        max_event_bytes: config.max_event_bytes,
-        max_events: config.max_events,
-        min_free_disk: config.min_free_disk,
-        require_h5push: config.require_h5push,
+        changes: tokio::sync::Mutex::default(),
+        callers: Callers::default(),
         bodies: Arc::new(Semaphore::new(api::BODIES_KIB)),
         is_up: AtomicBool::new(false),
     }

@@ -189,6 +189,9 @@ pub struct Metrics {
     /// Events withdrawn.
     pub withdrawn: IntCounter,
     toggles: IntCounterVec,
+    surveys: IntCounterVec,
+    open_api_requests: IntCounterVec,
+    reload_successful: IntGauge,
 }
 
 /// What became of an event, as counted.
@@ -212,6 +215,11 @@ const REJECTED: [&str; 2] = ["invalid_event", "too_large"];
 const REFUSED: [&str; 4] = ["outbox_full", "endpoint_full", "disk_low", "stopping"];
 /// What the store does that can fail.
 const STORE_OPS: [&str; 9] = ["append", "sync", "queue", "read", "bury", "checkpoint", "allocate", "expire", "compact"];
+/// What becomes of surveys.
+const SURVEYS: [&str; 3] = ["queued", "rejected", "refused"];
+/// The open API's calls, and what they answer.
+const OPEN_API_PATHS: [&str; 2] = ["/open_api_v1/im/h5push", "/open_api_v1/im/sessions/survey"];
+const OPEN_API_CODES: [&str; 6] = ["1000", "2000", "2059", "2060", "2062", "5000"];
 /// What can be damaged.
 const DAMAGE: [&str; 6] = ["journal", "torn_tail", "queue", "checkpoint", "dead_letters", "state_log"];
 
@@ -310,6 +318,16 @@ impl Metrics {
                 "Events withdrawn: toggled off, or customer forgotten.",
             )?)?,
             toggles: make.counters("h5push_toggles_total", "Toggles set, by state.", &["state"])?,
+            surveys: make.counters("h5push_surveys_total", "Surveys received, by outcome.", &["outcome"])?,
+            open_api_requests: make.counters(
+                "h5push_open_api_requests_total",
+                "Calls of the open API, by path and the code that was answered.",
+                &["path", "code"],
+            )?,
+            reload_successful: make.gauge(
+                "h5push_config_last_reload_successful",
+                "Whether the config that was read last is the one that runs.",
+            )?,
             endpoints,
             registry: registry.clone(),
         };
@@ -339,6 +357,15 @@ impl Metrics {
         for state in ["on", "off", "auto"] {
             self.toggles.with_label_values(&[state]);
         }
+        for outcome in SURVEYS {
+            self.surveys.with_label_values(&[outcome]);
+        }
+        for path in OPEN_API_PATHS {
+            for code in OPEN_API_CODES {
+                self.open_api_requests.with_label_values(&[path, code]);
+            }
+        }
+        self.reload_successful.set(1);
     }
 
     /// The counters of an endpoint.
@@ -365,6 +392,21 @@ impl Metrics {
             return self.accepted_requests.inc();
         }
         self.local_requests.with_label_values(&[path, code.to_string().as_str()]).inc();
+    }
+
+    /// Counts a call of the open API. `path` is a route, never what was asked for.
+    pub fn count_open_api(&self, path: &'static str, code: u32) {
+        self.open_api_requests.with_label_values(&[path, code.to_string().as_str()]).inc();
+    }
+
+    /// Counts a survey: `queued`, `rejected` or `refused`.
+    pub fn count_survey(&self, outcome: &'static str) {
+        self.surveys.with_label_values(&[outcome]).inc();
+    }
+
+    /// Says whether the config that was read last is the one that runs.
+    pub fn reloaded(&self, is_successful: bool) {
+        self.reload_successful.set(i64::from(is_successful));
     }
 
     /// Counts a toggle that was set.
@@ -423,11 +465,6 @@ impl Maker<'_> {
         let build = self.gauges("h5push_build_info", "The build that runs.", &["version", "revision"])?;
         let revision = option_env!("H5PUSH_REVISION").unwrap_or("unknown");
         build.with_label_values(&[env!("CARGO_PKG_VERSION"), revision]).set(1);
-        let reload = self.gauge(
-            "h5push_config_last_reload_successful",
-            "Whether the config that was read last is the one that runs.",
-        )?;
-        reload.set(1);
         let collector = prometheus::process_collector::ProcessCollector::for_self();
         self.registry.register(Box::new(collector))?;
         Ok(())

@@ -103,6 +103,11 @@ pub(super) fn error(code: Code, message: impl Into<String>) -> ApiError {
     ApiError { code, message: message.into() }
 }
 
+/// The relay's task does not answer in time: to be asked again.
+pub(super) fn busy() -> ApiError {
+    error(Code::Stopping, "the relay is busy or stopping")
+}
+
 /// An error as it stands in an answer.
 #[derive(Debug, Serialize)]
 pub(super) struct ErrorBody<'a> {

@@ -124,8 +124,9 @@ fn split(form: Form, body: &[u8]) -> Result<(Vec<&[u8]>, bool), ApiError> {
 }
 
 fn read<'a>(api: &Api, text: &'a [u8]) -> Item<'a> {
-    if text.len() > api.max_event_bytes {
-        let problem = format!("event: must be at most {} bytes", api.max_event_bytes);
+    let bytes_max = api.config.load().max_event_bytes;
+    if text.len() > bytes_max {
+        let problem = format!("event: must be at most {bytes_max} bytes");
         return Err(error(Code::TooLarge, problem));
     }
     let text = std::str::from_utf8(text).map_err(|_| error(Code::InvalidEvent, "event: must be UTF-8"))?;

@@ -1,43 +1,11 @@
-//! `POST /open_api_v1/im/h5push` (contract §4): asks for a customer's switch, or sets it. HTTP 200 and a code, as that
-//! API does.
-
-use std::collections::BTreeMap;
-
-use hyper::StatusCode;
-use serde::Serialize;
-use serde_json::Value;
+//! `POST /open_api_v1/im/h5push` (contract §4): asks for a customer's switch, or sets it.
 
 use super::Api;
-use super::answer::{self, Answer};
+use super::answer::Answer;
+use super::udesk::{self, Failure, Parameters, missing, unavailable, wrong};
 use crate::clock;
 use crate::domain::customer::{Customer, Hearing, NameKind, Toggle};
 use crate::domain::endpoint::Plugin;
-use crate::store::Refusal;
-
-/// How the body is written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum BodyForm {
-    None,
-    Json,
-    Form,
-}
-
-/// An error of this API: its code and what is wrong, in Chinese.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Failure {
-    code: u32,
-    message: String,
-}
-
-#[derive(Serialize)]
-struct Body<'a> {
-    code: u32,
-    message: &'a str,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    status: Option<&'static str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    status_code: Option<u8>,
-}
 
 /// What was asked, checked.
 #[derive(Debug, PartialEq, Eq)]
@@ -53,31 +21,22 @@ enum Token {
     Name(NameKind, String),
 }
 
-pub(super) async fn post(api: &Api, query: &str, form: BodyForm, body: &[u8]) -> Answer {
-    let answered = match parameters(query, form, body).and_then(|parameters| check(&parameters)) {
-        Ok(call) => carry_out(api, call).await,
-        Err(failure) => Err(failure),
+/// Answers a call. `plugins`: the only ones that the caller may ask about.
+pub(super) async fn post(api: &Api, parameters: &Parameters, plugins: Option<&[Plugin]>) -> Result<Answer, Failure> {
+    let call = check(parameters)?;
+    let is_theirs = plugins.is_none_or(|plugins| plugins.contains(&call.plugin));
+    let status_code = if is_theirs { carry_out(api, call).await? } else { UNKNOWN };
+    let status = match status_code {
+        0 => "无推送",
+        1 => "推送中",
+        _ => "无效客户",
     };
-    match answered {
-        Ok(status_code) => {
-            let status = match status_code {
-                0 => "无推送",
-                1 => "推送中",
-                _ => "无效客户",
-            };
-            let body =
-                Body { code: 1_000, message: "请求成功", status: Some(status), status_code: Some(status_code) };
-            answer::json(StatusCode::OK, &body)
-        }
-        Err(failure) => {
-            let body = Body { code: failure.code, message: &failure.message, status: None, status_code: None };
-            answer::json(StatusCode::OK, &body)
-        }
-    }
+    Ok(udesk::done(Some((status_code, status))))
 }
 
+const UNKNOWN: u8 = 3;
+
 async fn carry_out(api: &Api, call: Call) -> Result<u8, Failure> {
-    const UNKNOWN: u8 = 3;
     let now_s = clock::wall_ms() / 1_000;
     let web_token = match call.token {
         Token::Web(web_token) => Some(web_token),
@@ -100,66 +59,7 @@ async fn carry_out(api: &Api, call: Call) -> Result<u8, Failure> {
     Ok(customer.map_or(UNKNOWN, |customer| u8::from(api.would_push(&customer))))
 }
 
-fn unavailable(_: Refusal) -> Failure {
-    Failure { code: 5_000, message: "服务暂时无法保存,请稍后重试".to_owned() }
-}
-
-fn wrong(message: impl Into<String>) -> Failure {
-    Failure { code: 2_000, message: message.into() }
-}
-
-fn missing(name: &str) -> Failure {
-    Failure { code: 2_062, message: format!("缺少参数:{name}") }
-}
-
-/// Collects the parameters of query and body. An empty value is an absent one; two that differ are an error.
-fn parameters(query: &str, form: BodyForm, body: &[u8]) -> Result<BTreeMap<String, String>, Failure> {
-    let mut all = BTreeMap::new();
-    let mut add = |name: String, value: String| match all.get(&name) {
-        _ if value.is_empty() => Ok(()),
-        Some(other) if *other != value => Err(wrong(format!("参数错误:{name} 的值前后不一致"))),
-        _ => {
-            all.insert(name, value);
-            Ok(())
-        }
-    };
-    for (name, value) in form_urlencoded::parse(query.as_bytes()) {
-        add(name.into_owned(), value.into_owned())?;
-    }
-    match form {
-        BodyForm::None => {}
-        BodyForm::Form => {
-            for (name, value) in form_urlencoded::parse(body) {
-                add(name.into_owned(), value.into_owned())?;
-            }
-        }
-        BodyForm::Json if body.trim_ascii().is_empty() => {}
-        BodyForm::Json => {
-            let object: Value = serde_json::from_slice(body).map_err(|_| wrong("参数错误:请求体不是合法的 JSON"))?;
-            let Value::Object(object) = object else {
-                return Err(wrong("参数错误:请求体必须是 JSON 对象"));
-            };
-            for (name, value) in object {
-                let value = match value {
-                    Value::Null => String::new(),
-                    Value::String(text) => text,
-                    Value::Number(number) => number.to_string(),
-                    Value::Bool(is_true) => is_true.to_string(),
-                    Value::Array(_) | Value::Object(_) if USED.contains(&name.as_str()) => {
-                        return Err(wrong(format!("参数错误:{name}")));
-                    }
-                    Value::Array(_) | Value::Object(_) => continue,
-                };
-                add(name, value)?;
-            }
-        }
-    }
-    Ok(all)
-}
-
-const USED: [&str; 5] = ["customer_token", "web_token", "sdk_token", "im_web_plugin_id", "h5push"];
-
-fn check(parameters: &BTreeMap<String, String>) -> Result<Call, Failure> {
+fn check(parameters: &Parameters) -> Result<Call, Failure> {
     let value = |name: &str| parameters.get(name).map(String::as_str);
     let web = value("web_token").map(|token| Token::Web(token.to_owned()));
     let named = |kind, name| value(name).map(|token| Token::Name(kind, token.to_owned()));
@@ -184,6 +84,7 @@ fn check(parameters: &BTreeMap<String, String>) -> Result<Call, Failure> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::udesk::{BodyForm, parameters};
     use super::*;
 
     fn call(query: &str, form: BodyForm, body: &str) -> Result<Call, u32> {

@@ -14,8 +14,9 @@ use tokio::sync::OwnedSemaphorePermit;
 
 use super::answer::{Answer, ApiError, Code, error};
 use super::events::Form;
-use super::h5push::BodyForm;
-use super::{Api, customers, events, h5push, metrics};
+use super::udesk::{self, BodyForm};
+use super::{Api, customers, endpoints, events, h5push, metrics, survey};
+use crate::config::Secret;
 
 /// How long a body may take, whole.
 const BODY_LIMIT: Duration = Duration::from_secs(10);
@@ -23,33 +24,49 @@ const BODY_LIMIT: Duration = Duration::from_secs(10);
 /// Bodies up to this, in bytes, are read without asking for room.
 const SMALL_BODY: usize = 64 << 10;
 
+pub(super) const H5PUSH: &str = "/open_api_v1/im/h5push";
+pub(super) const SURVEY: &str = "/open_api_v1/im/sessions/survey";
+
 /// A route, as counted in metrics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Route {
     Events,
     Customers,
+    Endpoints,
+    Endpoint,
     H5push,
+    Survey,
     Healthz,
     Readyz,
 }
 
 impl Route {
-    fn of(path: &str) -> Option<Route> {
-        Some(match path {
+    /// The route of a path, and what it names.
+    fn of(path: &str) -> Option<(Route, &str)> {
+        let route = match path {
             "/v1/events" => Route::Events,
             "/v1/customers" => Route::Customers,
-            "/open_api_v1/im/h5push" => Route::H5push,
+            "/v1/endpoints" => Route::Endpoints,
+            H5PUSH => Route::H5push,
+            SURVEY => Route::Survey,
             "/healthz" => Route::Healthz,
             "/readyz" => Route::Readyz,
-            _ => return None,
-        })
+            _ => {
+                let name = path.strip_prefix("/v1/endpoints/").filter(|name| !name.contains('/'))?;
+                return Some((Route::Endpoint, name));
+            }
+        };
+        Some((route, ""))
     }
 
     fn path(self) -> &'static str {
         match self {
             Route::Events => "/v1/events",
             Route::Customers => "/v1/customers",
-            Route::H5push => "/open_api_v1/im/h5push",
+            Route::Endpoints => "/v1/endpoints",
+            Route::Endpoint => "/v1/endpoints/{name}",
+            Route::H5push => H5PUSH,
+            Route::Survey => SURVEY,
             Route::Healthz => "/healthz",
             Route::Readyz => "/readyz",
         }
@@ -57,38 +74,47 @@ impl Route {
 
     fn methods(self) -> &'static str {
         match self {
-            Route::Events | Route::H5push => "POST",
-            Route::Customers => "GET, HEAD, PUT, DELETE",
-            Route::Healthz | Route::Readyz => "GET, HEAD",
+            Route::Events | Route::H5push | Route::Survey => "POST",
+            Route::Customers | Route::Endpoint => "GET, HEAD, PUT, DELETE",
+            Route::Endpoints | Route::Healthz | Route::Readyz => "GET, HEAD",
         }
     }
 }
 
 /// Answers one request. `is_tcp`: it came over TCP, so that a browser may have sent it.
 pub(super) async fn answer(api: &Api, request: Request<Incoming>, is_tcp: bool) -> Answer {
-    let route = Route::of(request.uri().path());
+    let path = request.uri().path().to_owned();
+    let route = Route::of(&path);
     let answer = match handle(api, route, request, is_tcp).await {
         Ok(answer) => answer,
         Err(error) => error.into_answer(),
     };
-    api.metrics.count_request(route.map_or("other", Route::path), answer.status().as_u16());
+    let counted = route.map_or("other", |(route, _)| route.path());
+    api.metrics.count_request(counted, answer.status().as_u16());
     answer
 }
 
-async fn handle(api: &Api, route: Option<Route>, request: Request<Incoming>, is_tcp: bool) -> Result<Answer, ApiError> {
+async fn handle(
+    api: &Api,
+    route: Option<(Route, &str)>,
+    request: Request<Incoming>,
+    is_tcp: bool,
+) -> Result<Answer, ApiError> {
+    let config = api.config.load();
     if is_tcp {
-        check_browser(request.headers(), request.uri(), &api.local.allowed_hosts)?;
+        check_browser(request.headers(), request.uri(), &config.local.allowed_hosts)?;
     }
-    if route != Some(Route::Healthz) {
-        check_token(api, request.headers())?;
+    if !matches!(route, Some((Route::Healthz, _))) {
+        check_token(config.local.token.as_ref(), request.headers())?;
     }
-    let route = route.ok_or_else(|| error(Code::NotFound, "path: nothing is here"))?;
+    let (route, named) = route.ok_or_else(|| error(Code::NotFound, "path: nothing is here"))?;
     let method = request.method().clone();
     if !route.methods().split(", ").any(|allowed| allowed == method.as_str()) {
         let allowed = route.methods();
         return Err(error(Code::MethodNotAllowed(allowed), format!("method: {allowed} only")));
     }
     let query = request.uri().query().unwrap_or("").to_owned();
+    let bytes_max = config.local.max_body_bytes;
     match route {
         Route::Healthz => Ok(metrics::healthz()),
         Route::Readyz => Ok(metrics::readyz(api)),
@@ -98,28 +124,54 @@ async fn handle(api: &Api, route: Option<Route>, request: Request<Incoming>, is_
                 Some("application/x-ndjson") => Form::Ndjson,
                 _ => return Err(unsupported("application/json or application/x-ndjson")),
             };
-            let body = read_body(api, request).await?;
+            let body = read_body(api, request, bytes_max).await?;
             events::post(api, form, &body.bytes).await
         }
         Route::Customers if method == Method::PUT => {
-            if content_type(request.headers())?.as_deref() != Some("application/json") {
-                return Err(unsupported("application/json"));
-            }
-            let body = read_body(api, request).await?;
+            let body = json_body(api, request, bytes_max).await?;
             customers::put(api, &body.bytes).await
         }
         Route::Customers => customers::get_or_delete(api, &method, &query).await,
-        Route::H5push => {
-            let form = match content_type(request.headers())?.as_deref() {
-                None if request.body().is_end_stream() => BodyForm::None,
-                Some("application/json") => BodyForm::Json,
-                Some("application/x-www-form-urlencoded") => BodyForm::Form,
-                _ => return Err(unsupported("application/json or application/x-www-form-urlencoded")),
+        Route::Endpoints => endpoints::list(api).await,
+        Route::Endpoint => {
+            let name = endpoints::name(named)?;
+            if method == Method::PUT {
+                let body = json_body(api, request, bytes_max).await?;
+                endpoints::put(api, name, &body.bytes).await
+            } else if method == Method::DELETE {
+                endpoints::delete(api, name).await
+            } else {
+                endpoints::show(api, name).await
+            }
+        }
+        Route::H5push | Route::Survey => {
+            let form = body_form(&request)?;
+            let body = read_body(api, request, bytes_max).await?;
+            let answered = match udesk::parameters(&query, form, &body.bytes) {
+                Ok(parameters) if route == Route::Survey => survey::post(api, &parameters).await,
+                Ok(parameters) => h5push::post(api, &parameters, None).await,
+                Err(failure) => Err(failure),
             };
-            let body = read_body(api, request).await?;
-            Ok(h5push::post(api, &query, form, &body.bytes).await)
+            Ok(answered.unwrap_or_else(udesk::Failure::into_answer))
         }
     }
+}
+
+/// How the parameters of a Udesk-compatible call are written.
+pub(super) fn body_form(request: &Request<Incoming>) -> Result<BodyForm, ApiError> {
+    match content_type(request.headers())?.as_deref() {
+        None if request.body().is_end_stream() => Ok(BodyForm::None),
+        Some("application/json") => Ok(BodyForm::Json),
+        Some("application/x-www-form-urlencoded") => Ok(BodyForm::Form),
+        _ => Err(unsupported("application/json or application/x-www-form-urlencoded")),
+    }
+}
+
+async fn json_body(api: &Api, request: Request<Incoming>, bytes_max: usize) -> Result<Body, ApiError> {
+    if content_type(request.headers())?.as_deref() != Some("application/json") {
+        return Err(unsupported("application/json"));
+    }
+    read_body(api, request, bytes_max).await
 }
 
 /// A web page in a browser on this host can do nothing here.
@@ -157,8 +209,8 @@ fn is_allowed_host(host: &str, allowed_hosts: &[String]) -> bool {
         || literal.parse::<IpAddr>().is_ok_and(|address| address.to_canonical().is_loopback())
 }
 
-fn check_token(api: &Api, headers: &HeaderMap) -> Result<(), ApiError> {
-    let Some(token) = &api.local.token else { return Ok(()) };
+fn check_token(token: Option<&Secret>, headers: &HeaderMap) -> Result<(), ApiError> {
+    let Some(token) = token else { return Ok(()) };
     let given = headers.get(header::AUTHORIZATION).map_or(&b""[..], |value| value.as_bytes());
     let (scheme, given) = given.split_at_checked(7).unwrap_or_default();
     let is_bearer = scheme.eq_ignore_ascii_case(b"bearer ");
@@ -190,13 +242,12 @@ fn unsupported(expected: &str) -> ApiError {
 }
 
 /// A body, and the part of the memory for bodies that it holds while it is looked at.
-struct Body {
-    bytes: Bytes,
+pub(super) struct Body {
+    pub bytes: Bytes,
     _room: Option<OwnedSemaphorePermit>,
 }
 
-async fn read_body(api: &Api, request: Request<Incoming>) -> Result<Body, ApiError> {
-    let bytes_max = api.local.max_body_bytes;
+pub(super) async fn read_body(api: &Api, request: Request<Incoming>, bytes_max: usize) -> Result<Body, ApiError> {
     let too_large = || error(Code::TooLarge, format!("body: must be at most {bytes_max} bytes"));
     let hint = request.body().size_hint();
     if hint.lower() > bytes_max as u64 {

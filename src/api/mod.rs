@@ -2,11 +2,15 @@
 
 mod answer;
 mod customers;
+mod endpoints;
 mod events;
 mod h5push;
 mod local;
 mod metrics;
+mod open_api;
 mod server;
+mod survey;
+mod udesk;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -16,9 +20,13 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
-pub use self::server::{Bound, ListenError, Shutdown, bind_local, bind_metrics, serve_local, serve_metrics};
+pub use self::endpoints::entries;
+pub use self::open_api::Callers;
+pub use self::server::{
+    Bound, ListenError, Shutdown, bind_local, bind_tcp_at, serve_local, serve_metrics, serve_open_api,
+};
 use crate::clock;
-use crate::config::{Endpoint, Local};
+use crate::config::{Config, Endpoints};
 use crate::domain::customer::Customer;
 use crate::domain::endpoint::{EndpointName, Plugin};
 use crate::domain::gate::{self, Question};
@@ -40,18 +48,14 @@ pub struct Api {
     pub metrics: Metrics,
     /// Questions to the relay.
     pub relay: mpsc::Sender<Command>,
+    /// The config of now.
+    pub config: ArcSwap<Config>,
     /// The endpoints of now.
-    pub endpoints: ArcSwap<BTreeMap<EndpointName, Endpoint>>,
-    /// `[local]`
-    pub local: Local,
-    /// `outbox.max_event_bytes`
-    pub max_event_bytes: usize,
-    /// `outbox.max_events`
-    pub max_events: u64,
-    /// `outbox.min_free_disk`
-    pub min_free_disk: u64,
-    /// `gate.require_h5push`
-    pub require_h5push: bool,
+    pub endpoints: ArcSwap<Endpoints>,
+    /// Held while config or endpoints change.
+    pub changes: tokio::sync::Mutex<()>,
+    /// Who has called over the network, and how often.
+    pub callers: Callers,
     /// Memory for bodies that are being read or judged, in KiB: what does not fit waits its turn.
     pub bodies: Arc<Semaphore>,
     /// Whether the listeners are up and nobody has asked for a stop.
@@ -63,13 +67,13 @@ impl Api {
     fn endpoint_of(&self, plugin: Plugin) -> Option<(EndpointName, u64)> {
         let endpoints = self.endpoints.load();
         let own = endpoints.get(&EndpointName::of(plugin)).or_else(|| endpoints.get(&EndpointName::DEFAULT));
-        own.map(|endpoint| (endpoint.name, endpoint.max_events))
+        own?.as_ref().map(|endpoint| (endpoint.name, endpoint.max_events))
     }
 
     /// Whether the next offline agent message of a customer would be pushed.
     fn would_push(&self, customer: &Customer) -> bool {
         let question = Question::next_offline_message(self.endpoint_of(customer.plugin).is_some());
-        gate::decide(question, customer, self.require_h5push).is_ok()
+        gate::decide(question, customer, self.config.load().require_h5push).is_ok()
     }
 
     async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Option<T> {
@@ -115,9 +119,9 @@ impl Api {
         Some(Now {
             endpoints,
             outbox_bytes: view.outbox_bytes,
-            capacity_events: self.max_events,
+            capacity_events: self.config.load().max_events,
             free_bytes: self.store.free_bytes(),
-            free_floor_bytes: self.min_free_disk,
+            free_floor_bytes: self.config.load().min_free_disk,
             store_bytes,
         })
     }

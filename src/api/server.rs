@@ -16,13 +16,17 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::{TcpListener, TcpSocket, UnixListener};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
+use tokio::time::timeout;
+use tokio_rustls::TlsAcceptor;
 
 use super::answer::Answer;
-use super::{Shared, local, metrics};
+use super::{Shared, local, metrics, open_api};
 use crate::config::{Listen, Local};
 
 /// A head, and an idle connection, may take so long.
 const HEAD_LIMIT: Duration = Duration::from_secs(30);
+/// A TLS handshake may take so long.
+const TLS_LIMIT: Duration = Duration::from_secs(10);
 /// Most headers of a request.
 const HEADERS_MAX: usize = 64;
 /// Largest head of a request, bytes.
@@ -77,11 +81,11 @@ pub fn bind_local(local: &Local) -> Result<Bound, ListenError> {
     }
 }
 
-/// Binds `[metrics]`.
+/// Binds `[metrics]` or `[open_api]`.
 ///
 /// # Errors
 /// The address is in use or may not be used.
-pub fn bind_metrics(address: SocketAddr) -> Result<Bound, ListenError> {
+pub fn bind_tcp_at(address: SocketAddr) -> Result<Bound, ListenError> {
     bind_tcp(address).map(Bound::Tcp).map_err(|error| ListenError { listen: address.to_string(), error })
 }
 
@@ -122,13 +126,25 @@ fn group_id(group: &str) -> io::Result<u32> {
 
 /// Serves `[local]` until told to stop, then ends what is open.
 pub async fn serve_local(bound: Bound, api: Shared, shutdown: Shutdown) {
-    let connections = Arc::new(Semaphore::new(api.local.max_connections as usize));
+    let connections = Arc::new(Semaphore::new(api.config.load().local.max_connections as usize));
     let is_tcp = matches!(bound, Bound::Tcp(_));
     let handler = move |request: Request<Incoming>| {
         let api = Arc::clone(&api);
         async move { local::answer(&api, request, is_tcp).await }
     };
-    serve(bound, connections, handler, shutdown).await;
+    serve(bound, connections, || None, handler, shutdown).await;
+}
+
+/// Serves `[open_api]` until told to stop; with the certificate of now, if there is one.
+pub async fn serve_open_api(bound: Bound, api: Shared, shutdown: Shutdown) {
+    let connections = Arc::new(Semaphore::new(api.config.load().open_api.max_connections as usize));
+    let config = Arc::clone(&api);
+    let tls = move || config.config.load().open_api.tls.as_ref().map(|tls| TlsAcceptor::from(Arc::clone(&tls.0)));
+    let handler = move |request: Request<Incoming>| {
+        let api = Arc::clone(&api);
+        async move { open_api::answer(&api, request).await }
+    };
+    serve(bound, connections, tls, handler, shutdown).await;
 }
 
 /// Serves `[metrics]` until told to stop.
@@ -138,11 +154,12 @@ pub async fn serve_metrics(bound: Bound, api: Shared, shutdown: Shutdown) {
         let api = Arc::clone(&api);
         async move { metrics::answer(&api, request.method(), request.uri().path()).await }
     };
-    serve(bound, connections, handler, shutdown).await;
+    serve(bound, connections, || None, handler, shutdown).await;
 }
 
-async fn serve<H, F>(bound: Bound, connections: Arc<Semaphore>, handler: H, mut shutdown: Shutdown)
+async fn serve<T, H, F>(bound: Bound, connections: Arc<Semaphore>, tls: T, handler: H, mut shutdown: Shutdown)
 where
+    T: Fn() -> Option<TlsAcceptor>,
     H: Fn(Request<Incoming>) -> F + Clone + Send + Sync + 'static,
     F: Future<Output = Answer> + Send,
 {
@@ -157,10 +174,18 @@ where
         tokio::select! {
             accepted = accept(&bound) => match accepted {
                 Ok(stream) => {
-                    let (handler, shutdown) = (handler.clone(), shutdown.clone());
+                    let (handler, shutdown, tls) = (handler.clone(), shutdown.clone(), tls());
                     open.spawn(async move {
                         match stream {
-                            Stream::Tcp(stream) => connection(TokioIo::new(stream), handler, shutdown).await,
+                            Stream::Tcp(stream) => match tls {
+                                None => connection(TokioIo::new(stream), handler, shutdown).await,
+                                Some(tls) => {
+                                    // A peer that is no TLS client is its own affair.
+                                    if let Ok(Ok(stream)) = timeout(TLS_LIMIT, tls.accept(stream)).await {
+                                        connection(TokioIo::new(stream), handler, shutdown).await;
+                                    }
+                                }
+                            },
                             Stream::Unix(stream) => connection(TokioIo::new(stream), handler, shutdown).await,
                         }
                         drop(permit);

@@ -15,9 +15,6 @@ pub(super) fn run(config: Config) -> anyhow::Result<()> {
         // A hang-up must not end a daemon.
         let mut hang_up = signal(SignalKind::hangup())?;
         let (local, metrics) = (config.local.listen.to_string(), config.metrics_listen);
-        for endpoint in config.endpoints.values() {
-            tracing::info!(endpoint = %endpoint.name, url = endpoint.url.shown(), "endpoint");
-        }
         let app = App::start(config).await?;
         let shown = app.local_address.map_or(local, |address| address.to_string());
         let metrics = app.metrics_address.unwrap_or(metrics);

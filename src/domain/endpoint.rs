@@ -35,7 +35,7 @@ impl Plugin {
     }
 }
 
-/// An endpoint's name: a plugin id, or `default`. Stored as one number.
+/// An endpoint's name: a plugin id, `default`, or `survey`. Stored as one number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct EndpointName(u64);
 
@@ -43,10 +43,21 @@ impl EndpointName {
     /// Takes the events of every plugin without an entry of its own.
     pub const DEFAULT: EndpointName = EndpointName(0);
 
+    /// The IM server's own address for ratings (`im_server.survey_url`); never one for pushes.
+    pub const SURVEY: EndpointName = EndpointName(u64::MAX);
+
     /// The endpoint of one plugin; the plugin "none" has only the default.
     #[must_use]
     pub fn of(plugin: Plugin) -> EndpointName {
         EndpointName(plugin.0)
+    }
+
+    /// Reads a name of any endpoint there may be, `survey` included.
+    ///
+    /// # Errors
+    /// It is none.
+    pub fn any(text: &str) -> Result<EndpointName, BadEndpointName> {
+        if text == "survey" { Ok(EndpointName::SURVEY) } else { text.parse() }
     }
 
     /// As it stands in stored records.
@@ -66,6 +77,7 @@ impl fmt::Display for EndpointName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0 {
             0 => f.write_str("default"),
+            u64::MAX => f.write_str("survey"),
             id => write!(f, "{id}"),
         }
     }
@@ -91,6 +103,9 @@ impl FromStr for EndpointName {
         Plugin::new(id).map(EndpointName::of).ok_or_else(bad)
     }
 }
+
+/// Longest entry of an endpoint that calls have set, bytes as stored.
+pub const ENTRY_BYTES_MAX: usize = 3_500;
 
 /// What an endpoint's owner allows (contract §5).
 #[derive(Clone, Copy, Debug, PartialEq)]

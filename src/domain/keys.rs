@@ -63,6 +63,12 @@ impl HashKey {
         self.event(b'd', plugin, std::iter::once(web_token).chain(message_ids))
     }
 
+    /// The key of an account's nonce.
+    #[must_use]
+    pub fn nonce(&self, account: &str, nonce: &str) -> EventKey {
+        self.event(b'n', Plugin::NONE, [account, nonce].into_iter())
+    }
+
     fn event<'a>(&self, tag: u8, plugin: Plugin, parts: impl Iterator<Item = &'a str>) -> EventKey {
         let mut hasher = Sip128::new_with_key(&self.0);
         hasher.write_u8(tag);

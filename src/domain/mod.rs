@@ -3,6 +3,7 @@
 //! Nothing here reads a clock, rolls dice, opens a file or a socket, or waits: the time and the jitter are
 //! arguments. `relay` and `api` ask, do what they are told and report back.
 
+pub mod address;
 pub mod ages;
 pub mod backlog;
 pub mod customer;

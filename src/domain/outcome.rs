@@ -27,6 +27,8 @@ pub enum Report {
     Io,
     /// A pooled connection turned out to be closed before anything of an answer came: to be sent again at once.
     StaleConnection,
+    /// The IM server answered a survey with a 2xx and a code other than 1000 (contract §4).
+    SurveyCode(i64),
 }
 
 /// The label of an attempt in metrics and logs.
@@ -97,13 +99,32 @@ pub enum Verdict {
         /// A timeout or failed connection, which halves the earned concurrency.
         halves: bool,
     },
+    /// The IM server will never take this survey: it becomes a dead letter at once.
+    Rejected,
     /// Not an outcome at all: try again at once.
     Again,
     /// The first event's record does not read back: nothing was sent.
     Damaged,
 }
 
+/// Codes of the IM server that no repetition changes: no such session, and a parameter is missing.
+const SURVEY_REJECTED: [i64; 2] = [9_200, 2_062];
+
 impl Report {
+    /// What a 2xx to a survey means, by the `code` in its body; one without is a success.
+    #[must_use]
+    pub fn survey(status: u16, body: &[u8]) -> Report {
+        let code = serde_json::from_slice::<serde_json::Value>(body).ok().and_then(|body| {
+            let code = body.as_object()?.get("code")?;
+            let text = code.as_str().and_then(|code| code.parse().ok());
+            Some(code.as_i64().or(text).unwrap_or(-1))
+        });
+        match code {
+            None | Some(1_000) => Report::Status { code: status, retry_after: None },
+            Some(code) => Report::SurveyCode(code),
+        }
+    }
+
     /// The table.
     #[must_use]
     pub fn verdict(self) -> Verdict {
@@ -119,6 +140,8 @@ impl Report {
             }
             Report::Timeout | Report::Connect => Verdict::Failed { hold: None, halves: true },
             Report::StaleConnection => Verdict::Again,
+            Report::SurveyCode(code) if SURVEY_REJECTED.contains(&code) => Verdict::Rejected,
+            Report::SurveyCode(_) => Verdict::Failed { hold: None, halves: false },
         }
     }
 
@@ -126,9 +149,9 @@ impl Report {
     #[must_use]
     pub fn result(self) -> AttemptResult {
         match self {
-            Report::Status { .. } => match self.verdict() {
+            Report::Status { .. } | Report::SurveyCode(_) => match self.verdict() {
                 Verdict::Delivered => AttemptResult::Ok,
-                Verdict::Refused | Verdict::Gone => AttemptResult::Refused,
+                Verdict::Refused | Verdict::Gone | Verdict::Rejected => AttemptResult::Refused,
                 Verdict::Throttled(_) | Verdict::Failed { .. } | Verdict::Again | Verdict::Damaged => {
                     AttemptResult::ErrorStatus
                 }
@@ -209,6 +232,26 @@ mod tests {
 
     fn status(code: u16) -> Report {
         Report::Status { code, retry_after: Some(Duration::from_secs(7)) }
+    }
+
+    #[test]
+    fn a_survey_is_judged_by_the_code_in_the_answer() {
+        let failed = Verdict::Failed { hold: None, halves: false };
+        for (body, expected) in [
+            (r#"{"code":1000,"message":"ok"}"#, Verdict::Delivered),
+            (r#"{"code":"1000"}"#, Verdict::Delivered),
+            ("", Verdict::Delivered),
+            ("<html>", Verdict::Delivered),
+            ("[]", Verdict::Delivered),
+            ("{}", Verdict::Delivered),
+            (r#"{"code":9200}"#, Verdict::Rejected),
+            (r#"{"code":2062}"#, Verdict::Rejected),
+            (r#"{"code":5000}"#, failed),
+            (r#"{"code":0}"#, failed),
+            (r#"{"code":null}"#, failed),
+        ] {
+            assert_eq!(Report::survey(200, body.as_bytes()).verdict(), expected, "{body}");
+        }
     }
 
     #[test]

@@ -6,11 +6,11 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use bytes::Bytes;
 
 use super::Settings;
-use super::deliverer::{Deliverer, Push, Target};
+use super::deliverer::{Deliverer, Push, Seen, Target};
 use crate::clock;
 use crate::domain::endpoint::EndpointName;
 use crate::domain::keys::HashKey;
-use crate::domain::outcome::{AttemptResult, Verdict};
+use crate::domain::outcome::{AttemptResult, Report, Verdict};
 use crate::domain::push::{self, Composition, PushBounds};
 use crate::store::{Reader, Stored};
 
@@ -67,6 +67,8 @@ pub(super) struct Done {
     pub verdict: Verdict,
     /// `None`: nothing was sent.
     pub result: Option<AttemptResult>,
+    /// What there is to say of a failure.
+    pub detail: Option<String>,
     pub seconds: f64,
 }
 
@@ -80,6 +82,7 @@ impl Job {
             accepted_ms: Vec::new(),
             verdict: Verdict::Again,
             result: None,
+            detail: None,
             seconds: 0.0,
         };
         let stored = match self.read() {
@@ -90,11 +93,12 @@ impl Job {
             return Done { taken: 1, verdict: Verdict::Damaged, ..done };
         };
         let begun = clock::now();
-        let report = deliverer.attempt(&self.target, &push, self.settings.timeout, || self.flight.may_send()).await;
+        let seen = deliverer.attempt(&self.target, &push, self.settings.timeout, || self.flight.may_send()).await;
         done.seconds = begun.elapsed().as_secs_f64();
-        if let Some(report) = report {
+        if let Some(Seen { report, detail }) = seen {
             done.verdict = report.verdict();
             done.result = Some(report.result());
+            done.detail = describe(report, detail);
             if self.settings.logs_attempts {
                 tracing::info!(
                     endpoint = %self.endpoint,
@@ -142,13 +146,15 @@ impl Job {
         // What was sent before goes together again, whatever the bounds are now.
         let unbounded = PushBounds { messages_max: u32::MAX, bytes_max: usize::MAX };
         let bounds = if self.is_fixed { unbounded } else { self.settings.bounds };
+        let is_survey = self.endpoint == EndpointName::SURVEY;
         let mut composition = Composition::default();
         let mut seqs = Vec::new();
         let mut event_ids = Vec::new();
         for stored in stored {
             let Some(event) = stored.event() else { break };
             let is_same = event.plugin == first.plugin && event.web_token == first.web_token;
-            if !is_same || !composition.take(event.count, event.messages, bounds) {
+            let is_alone = is_survey && !seqs.is_empty();
+            if !is_same || is_alone || !composition.take(event.count, event.messages, bounds) {
                 break;
             }
             seqs.push(stored.seq());
@@ -157,8 +163,26 @@ impl Job {
         }
         done.taken = seqs.len() as u32;
         done.messages = composition.messages();
-        let body = composition.body(first.web_token, first.plugin).ok()?;
+        // A survey is stored as the body that the IM server gets.
+        let body =
+            if is_survey { first.messages.to_owned() } else { composition.body(first.web_token, first.plugin).ok()? };
         let id = push::webhook_id(&self.hashing, &seqs);
         Some((Push { id, attempt: self.attempt, body: Bytes::from(body) }, event_ids))
     }
+}
+
+/// A failure in words, for status, lanes and dead letters; `None` for a success.
+fn describe(report: Report, detail: Option<String>) -> Option<String> {
+    let what = match report {
+        Report::Status { code: 200..=299, .. } => return None,
+        Report::Status { code, .. } => format!("status {code}"),
+        Report::SurveyCode(code) => format!("code {code}"),
+        Report::Timeout => "no answer in time".to_owned(),
+        Report::StaleConnection => "closed while idle".to_owned(),
+        Report::Connect | Report::Tls | Report::BlockedAddress | Report::Io => report.result().as_str().to_owned(),
+    };
+    Some(match detail {
+        Some(detail) => format!("{what}: {detail}"),
+        None => what,
+    })
 }

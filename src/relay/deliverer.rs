@@ -4,12 +4,8 @@
 //! head of the answer; the body is drained in the background within what is left of it, so that the connection can be
 //! used again.
 
-use std::io;
-use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
-use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -17,15 +13,14 @@ use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::{Body as _, Incoming};
 use hyper::client::conn::http1::SendRequest;
 use hyper::header::{self, HeaderMap, HeaderValue};
-use hyper::{Request, Response, Uri};
+use hyper::{Request, Response};
 use hyper_rustls::HttpsConnector;
-use hyper_util::rt::TokioIo;
-use tokio::net::TcpStream;
-use tokio::sync::Semaphore;
 use tower_service::Service;
 
+use super::dialer::{DialError, Dialer, Resolver};
 use crate::clock;
-use crate::config::Endpoint;
+use crate::config::{Endpoint, UrlRule};
+use crate::domain::endpoint::EndpointName;
 use crate::domain::outcome::{self, Report};
 
 /// How long a connection is kept idle: receivers commonly close them after 60 s or more.
@@ -36,14 +31,12 @@ const BODY_MAX: usize = 64 << 10;
 const HEADERS_MAX: usize = 64;
 /// Largest head of an answer, bytes.
 const HEAD_MAX: usize = 64 << 10;
-/// Look-ups of host names at once: they hold a thread each and cannot be cancelled.
-const LOOKUPS_MAX: usize = 32;
 
-/// An endpoint as the deliverer uses it: its config and its idle connections, which go with it.
-#[derive(Debug)]
+/// An endpoint as the deliverer uses it: its config, how to connect to it, and its idle connections, which go with it.
 pub struct Target {
     /// As configured.
     pub endpoint: Endpoint,
+    connector: HttpsConnector<Dialer>,
     host: Option<HeaderValue>,
     idle: Mutex<Vec<Idle>>,
 }
@@ -54,15 +47,13 @@ struct Idle {
     since: Instant,
 }
 
-impl Target {
-    /// A target without connections.
-    #[must_use]
-    pub fn new(endpoint: Endpoint) -> Target {
-        let authority = endpoint.url.uri().authority().map(|authority| authority.as_str().to_owned());
-        let host = authority.and_then(|authority| HeaderValue::try_from(authority).ok());
-        Target { endpoint, host, idle: Mutex::new(Vec::new()) }
+impl std::fmt::Debug for Target {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Target({})", self.endpoint.name)
     }
+}
 
+impl Target {
     fn take_idle(&self) -> Option<SendRequest<Full<Bytes>>> {
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
         while let Some(found) = idle.pop() {
@@ -95,8 +86,24 @@ impl Target {
 /// The sender of pushes.
 #[derive(Clone)]
 pub struct Deliverer {
-    connector: HttpsConnector<Dialer>,
+    tls: Arc<rustls::ClientConfig>,
+    resolver: Arc<Resolver>,
     user_agent: HeaderValue,
+}
+
+/// What was seen of an attempt, and what there is to say of a failure, for people.
+#[derive(Debug)]
+pub struct Seen {
+    /// For the rules.
+    pub report: Report,
+    /// Never content, a secret, or a URL's query.
+    pub detail: Option<String>,
+}
+
+impl From<Report> for Seen {
+    fn from(report: Report) -> Seen {
+        Seen { report, detail: None }
+    }
 }
 
 impl std::fmt::Debug for Deliverer {
@@ -163,14 +170,29 @@ impl Deliverer {
             .with_safe_default_protocol_versions()?
             .with_root_certificates(roots)
             .with_no_client_auth();
-        let dialer = Dialer { lookups: Arc::new(Semaphore::new(LOOKUPS_MAX)) };
+        let user_agent = HeaderValue::from_static(concat!("h5push-relay/", env!("CARGO_PKG_VERSION")));
+        Ok(Deliverer { tls: Arc::new(tls), resolver: Arc::new(Resolver::system()), user_agent })
+    }
+
+    /// A target without connections. Those of an old one go when it is dropped, and with them the rule they were made
+    /// under.
+    #[must_use]
+    pub fn target(&self, endpoint: Endpoint, rule: &Arc<UrlRule>) -> Target {
+        let authority = endpoint.url.uri().authority().map(|authority| authority.as_str().to_owned());
+        let host = authority.and_then(|authority| HeaderValue::try_from(authority).ok());
+        let mut tls = (*self.tls).clone();
+        if let Some(cert) = &endpoint.client_cert {
+            tls.client_auth_cert_resolver = Arc::new(rustls::sign::SingleCertAndKey::from(Arc::clone(&cert.0)));
+            tls.resumption = rustls::client::Resumption::default();
+        }
+        // The IM server's own address is the operator's, wherever it is.
+        let rule = if endpoint.name == EndpointName::SURVEY { Arc::new(UrlRule::any()) } else { Arc::clone(rule) };
         let connector = hyper_rustls::HttpsConnectorBuilder::new()
             .with_tls_config(tls)
             .https_or_http()
             .enable_http1()
-            .wrap_connector(dialer);
-        let user_agent = HeaderValue::from_static(concat!("h5push-relay/", env!("CARGO_PKG_VERSION")));
-        Ok(Deliverer { connector, user_agent })
+            .wrap_connector(Dialer { resolver: Arc::clone(&self.resolver), rule });
+        Target { endpoint, connector, host, idle: Mutex::new(Vec::new()) }
     }
 
     /// Makes one attempt. `may_send` is asked right before the first byte; `None` if it says no.
@@ -180,22 +202,25 @@ impl Deliverer {
         push: &Push,
         timeout: Duration,
         may_send: impl FnOnce() -> bool,
-    ) -> Option<Report> {
+    ) -> Option<Seen> {
         let deadline = tokio::time::Instant::now() + timeout;
         let exchange = self.exchange(target, push, may_send);
         let (response, sender) = match tokio::time::timeout_at(deadline, exchange).await {
-            Err(_) => return Some(Report::Timeout),
-            Ok(Err(report)) => return report,
+            Err(_) => return Some(Report::Timeout.into()),
+            Ok(Err(seen)) => return seen,
             Ok(Ok(answered)) => answered,
         };
         let code = response.status().as_u16();
+        if target.endpoint.name == EndpointName::SURVEY && response.status().is_success() {
+            return Some(survey_answer(target, response, sender, deadline).await);
+        }
         let retry_after = response
             .headers()
             .get(header::RETRY_AFTER)
             .and_then(|value| value.to_str().ok())
             .and_then(|value| outcome::retry_after(value, clock::wall()));
         recycle(Arc::clone(target), response, sender, deadline);
-        Some(Report::Status { code, retry_after })
+        Some(Report::Status { code, retry_after }.into())
     }
 
     async fn exchange(
@@ -203,12 +228,12 @@ impl Deliverer {
         target: &Target,
         push: &Push,
         may_send: impl FnOnce() -> bool,
-    ) -> Result<(Response<Incoming>, SendRequest<Full<Bytes>>), Option<Report>> {
+    ) -> Result<(Response<Incoming>, SendRequest<Full<Bytes>>), Option<Seen>> {
         let (mut sender, is_reused) = match target.take_idle() {
             Some(sender) => (sender, true),
-            None => (self.connect(target.endpoint.url.uri()).await.map_err(Some)?, false),
+            None => (connect(target).await.map_err(Some)?, false),
         };
-        let request = self.request(target, push).map_err(Some)?;
+        let request = self.request(target, push).map_err(|report| Some(report.into()))?;
         if !may_send() {
             target.give_back(sender);
             return Err(None);
@@ -218,36 +243,10 @@ impl Deliverer {
             // Closed by the receiver while it was idle: nothing came of an answer.
             Err(error) if is_reused && !error.is_parse() => {
                 target.forget_idle();
-                Err(Some(Report::StaleConnection))
+                Err(Some(Report::StaleConnection.into()))
             }
-            Err(_) => Err(Some(Report::Io)),
+            Err(error) => Err(Some(Seen { report: Report::Io, detail: Some(error.to_string()) })),
         }
-    }
-
-    async fn connect(&self, uri: &Uri) -> Result<SendRequest<Full<Bytes>>, Report> {
-        let mut connector = self.connector.clone();
-        let stream = connector.call(uri.clone()).await.map_err(|error| {
-            let is_dial = error
-                .downcast_ref::<io::Error>()
-                .and_then(io::Error::get_ref)
-                .is_some_and(|inner| inner.is::<DialError>())
-                || error.is::<DialError>();
-            if is_dial {
-                Report::Connect
-            } else {
-                tracing::debug!(host = uri.host(), %error, "no TLS session");
-                Report::Tls
-            }
-        })?;
-        let (sender, connection) = hyper::client::conn::http1::Builder::new()
-            .max_headers(HEADERS_MAX)
-            .max_buf_size(HEAD_MAX)
-            .handshake(stream)
-            .await
-            .map_err(|_| Report::Io)?;
-        // Ends when the sender is dropped or the peer closes.
-        tokio::spawn(connection);
-        Ok(sender)
     }
 
     fn request(&self, target: &Target, push: &Push) -> Result<Request<Full<Bytes>>, Report> {
@@ -279,6 +278,63 @@ impl Deliverer {
     }
 }
 
+async fn connect(target: &Target) -> Result<SendRequest<Full<Bytes>>, Seen> {
+    let mut connector = target.connector.clone();
+    let stream = connector.call(target.endpoint.url.uri().clone()).await.map_err(|error| {
+        let report = match dial_error(&*error) {
+            Some(dial) if dial.is_blocked() => Report::BlockedAddress,
+            Some(_) => Report::Connect,
+            None => Report::Tls,
+        };
+        Seen { report, detail: Some(error.to_string()) }
+    })?;
+    let (sender, connection) = hyper::client::conn::http1::Builder::new()
+        .max_headers(HEADERS_MAX)
+        .max_buf_size(HEAD_MAX)
+        .handshake(stream)
+        .await
+        .map_err(|error| Seen { report: Report::Io, detail: Some(error.to_string()) })?;
+    // Ends when the sender is dropped or the peer closes.
+    tokio::spawn(connection);
+    Ok(sender)
+}
+
+/// The connector hands on what the dialer said, by itself or in an I/O error; anything else is of TLS.
+fn dial_error<'a>(error: &'a (dyn std::error::Error + Send + Sync + 'static)) -> Option<&'a DialError> {
+    let inner = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
+    error.downcast_ref().or_else(|| inner.and_then(|inner| inner.downcast_ref()))
+}
+
+/// What the IM server says to a survey: its body has a code.
+async fn survey_answer(
+    target: &Arc<Target>,
+    response: Response<Incoming>,
+    mut sender: SendRequest<Full<Bytes>>,
+    deadline: tokio::time::Instant,
+) -> Seen {
+    let status = response.status().as_u16();
+    let mut body = Limited::new(response.into_body(), BODY_MAX);
+    let mut text = Vec::new();
+    let read = tokio::time::timeout_at(deadline, async {
+        while let Some(frame) = body.frame().await {
+            match frame {
+                Ok(frame) => text.extend_from_slice(frame.data_ref().unwrap_or(&Bytes::new())),
+                Err(error) => return Err(error.to_string()),
+            }
+        }
+        Ok(())
+    });
+    match read.await {
+        Err(_) => return Report::Timeout.into(),
+        Ok(Err(error)) => return Seen { report: Report::Io, detail: Some(error) },
+        Ok(Ok(())) => {}
+    }
+    if sender.ready().await.is_ok() {
+        target.give_back(sender);
+    }
+    Report::survey(status, &text).into()
+}
+
 /// Drains the answer and keeps the connection, or drops both.
 fn recycle(
     target: Arc<Target>,
@@ -304,62 +360,4 @@ fn recycle(
             target.give_back(sender);
         }
     });
-}
-
-/// Why there is no connection.
-#[derive(Debug, thiserror::Error)]
-enum DialError {
-    #[error("the URL has no host")]
-    NoHost,
-    #[error("the host has no address")]
-    NoAddress,
-    #[error("looking the host up: {0}")]
-    Lookup(io::Error),
-    #[error("connecting: {0}")]
-    Connect(io::Error),
-}
-
-/// Resolves a host and connects to one of its addresses.
-#[derive(Clone)]
-struct Dialer {
-    lookups: Arc<Semaphore>,
-}
-
-impl Service<Uri> for Dialer {
-    type Response = TokioIo<TcpStream>;
-    type Error = DialError;
-    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, DialError>> + Send>>;
-
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), DialError>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn call(&mut self, uri: Uri) -> Self::Future {
-        let lookups = Arc::clone(&self.lookups);
-        Box::pin(async move {
-            let host = uri.host().ok_or(DialError::NoHost)?;
-            let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
-            let port = uri.port_u16().unwrap_or(if uri.scheme_str() == Some("https") { 443 } else { 80 });
-            let addresses = resolve(host, port, &lookups).await?;
-            let mut last = DialError::NoAddress;
-            for address in addresses {
-                match TcpStream::connect(address).await {
-                    Ok(stream) => {
-                        stream.set_nodelay(true).map_err(DialError::Connect)?;
-                        return Ok(TokioIo::new(stream));
-                    }
-                    Err(error) => last = DialError::Connect(error),
-                }
-            }
-            Err(last)
-        })
-    }
-}
-
-async fn resolve(host: &str, port: u16, lookups: &Semaphore) -> Result<Vec<SocketAddr>, DialError> {
-    if let Ok(address) = host.parse::<IpAddr>() {
-        return Ok(vec![SocketAddr::new(address, port)]);
-    }
-    let _permit = lookups.acquire().await.map_err(|_| DialError::NoAddress)?;
-    Ok(tokio::net::lookup_host((host, port)).await.map_err(DialError::Lookup)?.collect())
 }

@@ -2,9 +2,10 @@
 
 mod attempt;
 mod deliverer;
+mod dialer;
 mod limits;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,11 +17,11 @@ use self::deliverer::Target;
 pub use self::deliverer::{Deliverer, TlsError};
 pub use self::limits::max_in_flight;
 use crate::clock;
-use crate::config::Endpoint;
+use crate::config::{Endpoints, UrlRule};
 use crate::domain::backlog::Handle;
 use crate::domain::endpoint::{EndpointName, Plugin};
 use crate::domain::keys::LaneKey;
-use crate::domain::outcome::Verdict;
+use crate::domain::outcome::{AttemptResult, Verdict};
 use crate::domain::push::PushBounds;
 use crate::domain::schedule::{Breaker, Burial, EndpointView, Moment, Schedule, Start};
 use crate::metrics::{EndpointMetrics, Metrics};
@@ -50,6 +51,15 @@ pub enum Command {
         web_token: String,
         /// Answered with the number.
         reply: oneshot::Sender<u64>,
+    },
+    /// From now on there are these endpoints, and these addresses may be used; answered when that is so.
+    Configure {
+        /// All of them.
+        endpoints: Arc<Endpoints>,
+        /// What may be connected to.
+        rule: Arc<UrlRule>,
+        /// Answered.
+        reply: oneshot::Sender<()>,
     },
     /// Start nothing more; answered when nothing is in flight.
     Drain(oneshot::Sender<()>),
@@ -107,6 +117,8 @@ pub struct Relay {
     drain: Option<oneshot::Sender<()>>,
     is_draining: bool,
     rate_limited: HashMap<EndpointName, u64>,
+    /// What the last attempt of an endpoint failed with; nothing after a success.
+    last_errors: HashMap<EndpointName, String>,
     reap_at: u64,
     newest_slot: Option<u16>,
 }
@@ -118,19 +130,17 @@ impl Relay {
         schedule: Schedule,
         store: Store,
         deliverer: Deliverer,
-        endpoints: &BTreeMap<EndpointName, Endpoint>,
+        (endpoints, rule): (&Endpoints, &Arc<UrlRule>),
         settings: Settings,
         metrics: Metrics,
     ) -> Relay {
-        let targets =
-            endpoints.iter().map(|(name, endpoint)| (*name, Arc::new(Target::new(endpoint.clone())))).collect();
-        Relay {
+        let mut relay = Relay {
             schedule,
             store,
             deliverer,
             settings: Arc::new(settings),
             metrics,
-            targets,
+            targets: HashMap::new(),
             endpoint_metrics: HashMap::new(),
             flights: HashMap::new(),
             attempts: JoinSet::new(),
@@ -142,8 +152,30 @@ impl Relay {
             drain: None,
             is_draining: false,
             rate_limited: HashMap::new(),
+            last_errors: HashMap::new(),
             reap_at: 0,
             newest_slot: None,
+        };
+        relay.configure(endpoints, rule);
+        relay
+    }
+
+    /// Takes endpoints over: what is new is there, what is gone gives up what waits for it. Connections of before are
+    /// used no more, having been made under the old rule.
+    fn configure(&mut self, endpoints: &Endpoints, rule: &Arc<UrlRule>) {
+        let now = clock::micros();
+        self.targets.clear();
+        for endpoint in endpoints.values().flatten() {
+            self.schedule.put_endpoint(endpoint.name, endpoint.limits, now);
+            // Its series are there from the start.
+            drop(self.metrics_of(endpoint.name));
+            self.targets.insert(endpoint.name, Arc::new(self.deliverer.target(endpoint.clone(), rule)));
+        }
+        let gone: Vec<EndpointName> =
+            self.schedule.endpoints().map(|view| view.name).filter(|name| !self.targets.contains_key(name)).collect();
+        for name in gone {
+            self.schedule.remove_endpoint(name);
+            self.last_errors.remove(&name);
         }
     }
 
@@ -300,7 +332,7 @@ impl Relay {
 
     fn start(&mut self, start: Start) {
         let Some(target) = self.targets.get(&start.endpoint).cloned() else {
-            // Taken away between two turns: the schedule is told next.
+            // Never: the schedule starts nothing for an endpoint that is gone.
             self.report(start.lane, 0, Verdict::Again);
             return;
         };
@@ -385,7 +417,23 @@ impl Relay {
         if done.verdict == Verdict::Damaged {
             self.store.damaged("journal");
         }
+        self.note_error(done.endpoint, done.result, done.detail);
         self.report(done.lane, done.taken, done.verdict);
+    }
+
+    /// Keeps what an endpoint fails with. What only its owner or an operator can mend is logged when it changes.
+    fn note_error(&mut self, endpoint: EndpointName, result: Option<AttemptResult>, detail: Option<String>) {
+        match (result, detail) {
+            (Some(AttemptResult::Ok), _) => drop(self.last_errors.remove(&endpoint)),
+            (Some(result), Some(problem)) => {
+                let is_new = self.last_errors.get(&endpoint) != Some(&problem);
+                if is_new && matches!(result, AttemptResult::Tls | AttemptResult::BlockedAddress) {
+                    tracing::warn!(%endpoint, result = result.as_str(), problem, "no push can be sent");
+                }
+                self.last_errors.insert(endpoint, problem);
+            }
+            (_, _) => {}
+        }
     }
 
     fn report(&mut self, lane: u32, taken: u32, verdict: Verdict) {
@@ -462,6 +510,11 @@ impl Relay {
                     .map(|lane| u64::from(self.schedule.waiting(lane)))
                     .sum();
                 reply.send(waiting).ok();
+            }
+            Command::Configure { endpoints, rule, reply } => {
+                self.configure(&endpoints, &rule);
+                // Whoever asked may have gone.
+                reply.send(()).ok();
             }
             Command::Drain(reply) => {
                 self.is_draining = true;

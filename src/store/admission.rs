@@ -3,14 +3,15 @@
 //! What it decides is staged in a [`Request`], which the journal's thread writes and syncs; if that fails, everything
 //! the request changed here is put back.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 
 use tokio::sync::oneshot;
 
 use super::Position;
 use super::codec::{Record, StateChange};
 use super::ids::Ids;
-use super::state::{StateCache, StateKey, StateValue, Undo};
+use super::nonces::Nonces;
+use super::state::{self, StateCache, StateKey, StateValue};
 use crate::domain::customer::{Customer, Hearing, NameKind, Toggle};
 use crate::domain::endpoint::{EndpointName, Plugin};
 use crate::domain::event::Event;
@@ -92,6 +93,14 @@ pub struct WithdrawCustomer {
     pub done: oneshot::Sender<u64>,
 }
 
+/// What a request changed here, to put back when it could not be stored.
+#[derive(Debug)]
+enum Undo {
+    State(state::Undo),
+    Setting { key: String, before: Option<String> },
+    Nonce(u128),
+}
+
 /// What the journal's thread writes as one.
 #[derive(Debug)]
 pub(super) struct Request {
@@ -126,6 +135,9 @@ pub(super) struct Admission {
     pub rules: Rules,
     pub ids: Ids,
     pub cache: StateCache,
+    /// What operators set, all of it.
+    pub settings: BTreeMap<String, String>,
+    pub nonces: Nonces,
     pub pending: Vec<Request>,
     pub is_stopping: bool,
     pub is_disk_low: bool,
@@ -154,6 +166,8 @@ impl Admission {
             rules,
             ids,
             cache: StateCache::new(),
+            settings: BTreeMap::new(),
+            nonces: Nonces::default(),
             pending: Vec::new(),
             is_stopping: false,
             is_disk_low: false,
@@ -242,18 +256,80 @@ impl Admission {
         if let Err(reason) = verdict {
             return Posted::Suppressed(reason);
         }
-        self.ids.push(post.key, now_s as u32);
-        self.undurable.insert(post.key);
-        self.count_waiting(endpoint, 1);
-        request.keys.push(post.key);
-        request.endpoints.push(endpoint);
-        request.staged.push(Staged::Event {
-            record: std::mem::take(&mut post.record),
-            lane: post.lane,
-            endpoint,
-            second: now_s as u32,
-        });
+        let record = std::mem::take(&mut post.record);
+        self.append(request, post.key, Staged::Event { record, lane: post.lane, endpoint, second: now_s as u32 });
         Posted::Queued
+    }
+
+    fn append(&mut self, request: &mut Request, key: EventKey, event: Staged) {
+        if let Staged::Event { endpoint, second, .. } = &event {
+            self.ids.push(key, *second);
+            self.undurable.insert(key);
+            self.count_waiting(*endpoint, 1);
+            request.keys.push(key);
+            request.endpoints.push(*endpoint);
+            request.staged.push(event);
+        }
+    }
+
+    /// Stages an event that asks no gate, or says that too many wait for its endpoint.
+    ///
+    /// # Errors
+    /// The request is refused, and nothing changed.
+    pub(super) fn post_ungated(
+        &mut self,
+        key: EventKey,
+        event: Staged,
+        (endpoint, events_max): (EndpointName, u64),
+    ) -> Result<Option<Ticket>, Refusal> {
+        self.check_open()?;
+        if self.is_disk_low {
+            return Err(Refusal::DiskLow);
+        }
+        if self.waiting >= self.rules.events_max {
+            return Err(Refusal::OutboxFull);
+        }
+        if self.waiting_by_endpoint.get(&endpoint).is_some_and(|count| *count >= events_max) {
+            return Ok(None);
+        }
+        let (done, receiver) = oneshot::channel();
+        let mut request = self.begin(done);
+        self.append(&mut request, key, event);
+        Ok(self.stage(request).then_some(Ticket { done: receiver }))
+    }
+
+    /// Stages a setting.
+    ///
+    /// # Errors
+    /// The request is refused, and nothing changed.
+    pub(super) fn set(&mut self, key: &str, value: Option<String>) -> Result<Option<Ticket>, Refusal> {
+        self.check_open()?;
+        let before = match value.clone() {
+            Some(value) => self.settings.insert(key.to_owned(), value),
+            None => self.settings.remove(key),
+        };
+        let (done, receiver) = oneshot::channel();
+        let mut request = self.begin(done);
+        request.undo.push(Undo::Setting { key: key.to_owned(), before });
+        let change = StateChange::Setting { key: key.to_owned(), value };
+        request.staged.push(Staged::Other(Record::State(change).encode()));
+        Ok(self.stage(request).then_some(Ticket { done: receiver }))
+    }
+
+    /// Uses a nonce up; `None` when it was used before, or too many are remembered.
+    ///
+    /// # Errors
+    /// The request is refused, and nothing changed.
+    pub(super) fn use_nonce(&mut self, key: u128, until_s: u64, now_s: u64) -> Result<Option<Ticket>, Refusal> {
+        self.check_open()?;
+        if !self.nonces.take(key, until_s, now_s) {
+            return Ok(None);
+        }
+        let (done, receiver) = oneshot::channel();
+        let mut request = self.begin(done);
+        request.undo.push(Undo::Nonce(key));
+        request.staged.push(Staged::Other(Record::State(StateChange::Nonce { key, until_s }).encode()));
+        Ok(self.stage(request).then_some(Ticket { done: receiver }))
     }
 
     /// Stages what a request says of a customer. `Done(None)`: there is no such customer, and there must be.
@@ -415,7 +491,12 @@ impl Admission {
 
     fn put_back(&mut self, request: Request) -> oneshot::Sender<Result<(), Refusal>> {
         for undo in request.undo.into_iter().rev() {
-            self.cache.undo(undo);
+            match undo {
+                Undo::State(undo) => self.cache.undo(undo),
+                Undo::Setting { key, before: Some(before) } => drop(self.settings.insert(key, before)),
+                Undo::Setting { key, before: None } => drop(self.settings.remove(&key)),
+                Undo::Nonce(key) => self.nonces.forget(key),
+            }
         }
         for key in request.keys.iter().rev() {
             self.ids.pop_back();
@@ -491,8 +572,10 @@ impl Admission {
                 StateChange::Name { kind, plugin, name, web_token } => {
                     (StateKey::Name(*kind, *plugin, name.clone()), StateValue::Name(web_token.clone()))
                 }
+                // Held whole, not in the cache: `set` and `use_nonce` see to them.
+                StateChange::Setting { .. } | StateChange::Nonce { .. } => continue,
             };
-            request.undo.push(self.cache.put(key, value, request.ticket));
+            request.undo.push(Undo::State(self.cache.put(key, value, request.ticket)));
             request.staged.push(Staged::Other(Record::State(change).encode()));
         }
     }

@@ -125,6 +125,10 @@ pub(super) enum StateChange {
     DropCustomer { plugin: Plugin, web_token: String },
     /// A name means this customer now; `None`: nobody.
     Name { kind: NameKind, plugin: Plugin, name: String, web_token: Option<String> },
+    /// Something that an operator set; `None`: unset. See [`super::Store::set`].
+    Setting { key: String, value: Option<String> },
+    /// A signed call's nonce is used up, and to be remembered until then, in Unix seconds.
+    Nonce { key: u128, until_s: u64 },
 }
 
 /// A dead letter as stored.
@@ -267,6 +271,8 @@ mod tests {
             }),
             Record::Deferred(DeferredRecord { lane: LaneKey(1), head: 3, retry: Retry::default(), due_ms: 4 }),
             Record::State(StateChange::PutCustomer(Customer::new("a", Plugin::NONE))),
+            Record::State(StateChange::Setting { key: "a".to_owned(), value: Some("b".to_owned()) }),
+            Record::State(StateChange::Nonce { key: 7, until_s: 8 }),
             Record::Sealed { events: 3 },
         ];
         for record in records {

@@ -36,6 +36,11 @@ const SNAPSHOT_LIMIT: Duration = Duration::from_secs(30);
 const CHECKPOINT_BYTES: u64 = 64 << 20;
 /// State log bytes beyond which it may be written anew.
 const STATE_LOG_MIN: u64 = 16 << 20;
+/// Bytes for the state log that are gathered before they are written. What is written before the position row says so
+/// is cut off again at a start.
+const STATE_BUFFER: usize = 256 << 10;
+/// Changes of customers and names that are gathered before their rows are changed.
+const CHANGES_MAX: usize = 16_384;
 /// Buckets of customers looked through in a second for those to be forgotten: all of them in about a day.
 const SWEEP_BUCKETS: u32 = 3;
 
@@ -55,8 +60,8 @@ pub(super) struct StateLog {
     pub len: u64,
     file: File,
     buffer: Vec<u8>,
-    /// Its length when it was last written anew.
-    written_anew: u64,
+    /// About how much of it is out of date, in bytes.
+    dead: u64,
 }
 
 impl StateLog {
@@ -64,19 +69,27 @@ impl StateLog {
         dir.join(format!("state-{number}.log"))
     }
 
-    /// Opens the log of that number at that length; what is behind it will be written again.
-    pub(super) fn open(dir: &Path, number: u64, len: u64) -> io::Result<StateLog> {
+    /// Opens the log that the row names, at its length then; what is behind it will be written again.
+    pub(super) fn open(dir: &Path, at: &PositionRow) -> io::Result<StateLog> {
+        let (number, len) = (at.state_log, at.state_len);
         let path = StateLog::path(dir, number);
         let file = File::options().read(true).write(true).create(true).truncate(false).open(path)?;
         file.set_len(len)?;
         segment::sync_dir(dir)?;
-        Ok(StateLog { number, len, file, buffer: Vec::new(), written_anew: len })
+        Ok(StateLog { number, len, file, buffer: Vec::new(), dead: at.state_dead })
     }
 
-    fn push(&mut self, change: &StateChange) {
+    /// Answers how many bytes it takes.
+    fn push(&mut self, change: &StateChange) -> io::Result<usize> {
+        let before = self.buffer.len();
         let offset = self.len + self.buffer.len() as u64;
         let body = Record::State(change.clone()).encode();
         codec::write_frame(&mut self.buffer, self.number, offset as u32, 0, 0, &body);
+        let bytes = self.buffer.len() - before;
+        if self.buffer.len() >= STATE_BUFFER {
+            self.write()?;
+        }
+        Ok(bytes)
     }
 
     fn write(&mut self) -> io::Result<()> {
@@ -93,6 +106,8 @@ pub(super) struct Applier {
     at: PositionRow,
     block: Vec<IndexEntry>,
     ids: Vec<IdEntry>,
+    /// Customers and names whose rows are yet to be changed, in the order of the journal, with their bytes in the log.
+    changes: Vec<(StateChange, usize)>,
     pub state_log: StateLog,
     /// State records before this are in the rows already, maybe with newer ones.
     state_from: Position,
@@ -122,6 +137,7 @@ impl Applier {
             at,
             block,
             ids,
+            changes: Vec::new(),
             state_log,
             state_from,
             hashing,
@@ -140,8 +156,15 @@ impl Applier {
         self.at.next_id
     }
 
-    /// Applies a stretch of one segment that is known to be synced.
-    pub(super) fn apply(&mut self, queue: &Queue, file: &File, segment: u64, to: u32) -> Result<(), QueueError> {
+    /// Applies a stretch of one segment that is known to be synced, but for the last changes of customers and names
+    /// ([`Applier::change_rows`]). `progress` hears up to where all is in the rows.
+    pub(super) fn apply(
+        &mut self,
+        queue: &Queue,
+        file: &File,
+        (segment, to): (u64, u32),
+        mut progress: impl FnMut(Position),
+    ) -> Result<(), QueueError> {
         if segment != self.at.segment {
             self.end_block(queue)?;
             self.at = PositionRow { segment, offset: 0, block: 0, ..self.at };
@@ -151,6 +174,11 @@ impl Applier {
         }
         let mut result = Ok(());
         let scan = segment::scan_synced(file, segment, self.at.offset, to, |frame| {
+            if result.is_ok() && self.changes.len() >= CHANGES_MAX {
+                self.at.offset = frame.header.offset;
+                result = self.change_rows(queue);
+                progress(self.position());
+            }
             if result.is_ok() {
                 result = self.apply_frame(queue, frame);
             }
@@ -159,6 +187,21 @@ impl Applier {
         self.damaged += scan.damaged.len() as u64;
         self.at.offset = to;
         self.is_dirty = true;
+        Ok(())
+    }
+
+    /// Changes the rows of customers and names. They are gone through in their own order, so that each of sled's pages
+    /// is read once for many of them.
+    pub(super) fn change_rows(&mut self, queue: &Queue) -> Result<(), QueueError> {
+        let mut changes = std::mem::take(&mut self.changes);
+        changes.sort_by_cached_key(|(change, _)| state::place(&self.hashing, change));
+        let (now_s, forget_after_s) = (clock::wall_ms() / 1_000, self.forget_after_s);
+        let is_forgotten = |other: &Customer| other.is_forgotten(now_s, forget_after_s);
+        for (change, bytes) in &changes {
+            // What it replaces was about as long.
+            let gone = state::apply(queue, &self.hashing, change, is_forgotten)?;
+            self.state_log.dead += (gone * bytes) as u64;
+        }
         Ok(())
     }
 
@@ -190,11 +233,9 @@ impl Applier {
                 if here < self.state_from {
                     return Ok(());
                 }
-                self.state_log.push(&change);
-                let (now_s, forget_after_s) = (clock::wall_ms() / 1_000, self.forget_after_s);
-                state::apply(queue, &self.hashing, &change, |other: &Customer| {
-                    other.is_forgotten(now_s, forget_after_s)
-                })
+                let bytes = self.state_log.push(&change)?;
+                self.changes.push((change, bytes));
+                Ok(())
             }
             Some(Record::Settled(_) | Record::Opened(_) | Record::Sealed { .. } | Record::Dead(_)) => Ok(()),
             None => {
@@ -232,6 +273,7 @@ impl Applier {
         if !self.is_dirty {
             return Ok(());
         }
+        self.change_rows(queue)?;
         if !self.block.is_empty() {
             queue.put_block(self.at.segment, 0, self.at.block, &self.block)?;
         }
@@ -241,6 +283,7 @@ impl Applier {
         self.state_log.write()?;
         self.at.state_log = self.state_log.number;
         self.at.state_len = self.state_log.len;
+        self.at.state_dead = self.state_log.dead;
         queue.put_position(&self.at)?;
         self.is_dirty = false;
         Ok(())
@@ -248,14 +291,13 @@ impl Applier {
 
     /// Writes the state log anew from the rows, when it has become much longer than needed.
     fn renew_state_log(&mut self, queue: &Queue, dir: &Path) -> Result<(), QueueError> {
-        if self.state_log.len < STATE_LOG_MIN.max(2 * self.state_log.written_anew) {
+        if self.state_log.len < STATE_LOG_MIN || 2 * self.state_log.dead < self.state_log.len {
             return Ok(());
         }
-        let number = self.state_log.number + 1;
-        let mut new = StateLog::open(dir, number, 0)?;
-        state::dump(queue, |change| new.push(&change))?;
+        let at = PositionRow { state_log: self.state_log.number + 1, state_len: 0, state_dead: 0, ..self.at };
+        let mut new = StateLog::open(dir, &at)?;
+        state::dump(queue, |change| new.push(&change).map(drop))?;
         new.write()?;
-        new.written_anew = new.len;
         self.state_log = new;
         self.is_dirty = true;
         Ok(())
@@ -388,7 +430,7 @@ impl<'a> Keeper<'a> {
         if let (Some(queue), Some(applier)) = (inner.queue(), self.applier.as_mut()) {
             let (now_s, forget_after_s) = (clock::wall_ms() / 1_000, applier.forget_after_s);
             let is_forgotten = |customer: &Customer| customer.is_forgotten(now_s, forget_after_s);
-            let mut swept = applier.commit(&queue);
+            let mut swept = applier.commit(&queue).and_then(|()| queue.expire_nonces(now_s));
             for _ in 0..SWEEP_BUCKETS {
                 swept = swept.and_then(|()| state::sweep(&queue, &applier.hashing, self.swept, is_forgotten));
                 self.swept = (self.swept + 1) % state::BUCKETS;
@@ -507,21 +549,21 @@ pub(super) fn advance(inner: &Inner, applier: &mut Applier, queue: &Queue, to: P
                 // Complete, or gone.
                 None => match segments.next_number(at.segment) {
                     Some(next) if next <= to.segment => next,
-                    _ => return Ok(()),
+                    _ => break,
                 },
             };
-            let Some(file) = segments.by_number(number) else { return Ok(()) };
+            let Some(file) = segments.by_number(number) else { break };
             let end =
                 if number == to.segment { to.offset } else { segments.ends.get(&number).copied().unwrap_or(to.offset) };
             (file.file.clone(), number, end)
         };
         let before = applier.position();
-        applier.apply(queue, &file, segment, end)?;
+        applier.apply(queue, &file, (segment, end), |position| lock(&inner.admission).applied(position))?;
         if applier.position() == before {
-            return Ok(());
+            break;
         }
     }
-    Ok(())
+    applier.change_rows(queue)
 }
 
 /// Segments that a checkpoint has freed.

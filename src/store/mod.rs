@@ -26,6 +26,7 @@ mod journal;
 mod keeper;
 #[cfg(test)]
 mod model;
+mod nonces;
 mod queue;
 mod recover;
 mod segment;
@@ -42,7 +43,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot, watch};
 
-use self::admission::{Admission, Request, Step, Ticket};
+use self::admission::{Admission, Request, Staged, Step, Ticket};
 pub use self::admission::{Post, Posted, Refusal, Rules, WithdrawCustomer};
 pub use self::codec::{Accepted, Ending};
 use self::codec::{Dead, DeferredRecord, Record, Settled};
@@ -58,7 +59,7 @@ use crate::clock;
 use crate::domain::backlog::{GroupMark, SLOTS_MAX};
 use crate::domain::customer::{Customer, Hearing, NameKind};
 use crate::domain::endpoint::{EndpointName, Plugin};
-use crate::domain::keys::{HashKey, LaneKey};
+use crate::domain::keys::{EventKey, HashKey, LaneKey};
 use crate::domain::outcome::DeathReason;
 use crate::domain::schedule::Retry;
 use crate::metrics::StoreMetrics;
@@ -448,6 +449,54 @@ impl Store {
             withdrawn += receiver.await.map_err(|_| Refusal::DiskLow)?;
         }
         Ok((known.len() as u64, withdrawn))
+    }
+
+    /// Stores an event that asks no gate. When this returns, it is on stable storage; `false`: too many wait for its
+    /// endpoint, and it is not stored.
+    ///
+    /// # Errors
+    /// It is not stored.
+    pub async fn post_ungated(&self, event: &Accepted<'_>, events_max: u64) -> Result<bool, Refusal> {
+        let second = (event.accepted_ms / 1_000) as u32;
+        let record = Record::Accepted(event.clone()).encode();
+        let staged = Staged::Event { record, lane: event.lane, endpoint: event.endpoint, second };
+        let ticket = lock(&self.inner.admission).post_ungated(event.key, staged, (event.endpoint, events_max))?;
+        let is_taken = ticket.is_some();
+        self.wake_writer();
+        self.wait(ticket).await?;
+        Ok(is_taken)
+    }
+
+    /// What operators set: a few small texts by key, at most 3.5 KB each, because a row of sled's is to be small.
+    #[must_use]
+    pub fn settings(&self) -> BTreeMap<String, String> {
+        lock(&self.inner.admission).settings.clone()
+    }
+
+    /// Sets or unsets. When this returns, that is on stable storage.
+    ///
+    /// # Errors
+    /// Nothing changed.
+    pub async fn set(&self, key: &str, value: Option<String>) -> Result<(), Refusal> {
+        let ticket = lock(&self.inner.admission).set(key, value)?;
+        self.wake_writer();
+        self.wait(ticket).await
+    }
+
+    /// Uses a nonce up, durably. `false`: it was used before, or too many are remembered.
+    ///
+    /// # Errors
+    /// It is not used up.
+    pub async fn use_nonce(&self, key: EventKey, until_s: u64, now_s: u64) -> Result<bool, Refusal> {
+        let ticket = lock(&self.inner.admission).use_nonce(key, until_s, now_s)?;
+        let is_fresh = ticket.is_some();
+        self.wake_writer();
+        self.wait(ticket).await?;
+        Ok(is_fresh)
+    }
+
+    fn wake_writer(&self) {
+        self.inner.work.notify_one();
     }
 
     /// A customer as remembered.

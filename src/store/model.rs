@@ -87,7 +87,7 @@ impl Play {
         let (tell, notices) = mpsc::channel(1_024);
         let metrics = Metrics::new(10).unwrap();
         let (store, threads) =
-            Store::open(settings(self.dir.path()), metrics.store.clone(), &mut self.schedule, tell).unwrap();
+            Store::open(settings(self.dir.path()), metrics.store.clone(), &mut self.schedule, |_, _| (), tell).unwrap();
         for what in ["journal", "torn_tail", "queue", "checkpoint", "dead_letters", "state_log"] {
             assert_eq!(metrics.store.damage.with_label_values(&[what]).get(), 0, "{what}");
         }

@@ -33,6 +33,8 @@ const PAGE_FILL: usize = 3_500;
 pub(super) const BLOCK_EVENTS: usize = 128;
 /// Idempotency keys of a row.
 pub(super) const ID_ROW: usize = 128;
+/// Rows that one call drops.
+const NONCES_EXPIRED_AT_ONCE: usize = 1_000;
 /// sled's page cache. Rows are read at start and when a customer is not in our own cache.
 const CACHE_BYTES: u64 = 8 << 20;
 /// How long opening may take before it counts as hung.
@@ -107,6 +109,8 @@ pub(super) struct PositionRow {
     /// The state log that goes with it, and its length then.
     pub state_log: u64,
     pub state_len: u64,
+    /// About how much of the state log is out of date, in bytes.
+    pub state_dead: u64,
     /// Number of the next idempotency key.
     pub next_id: u64,
     /// The index row that is being filled.
@@ -251,6 +255,62 @@ impl Queue {
         })
     }
 
+    pub(super) fn put_setting(&self, key: &str, value: Option<&str>) -> Result<(), QueueError> {
+        let row = [b"s", key.as_bytes()].concat();
+        match value {
+            Some(value) => self.put_row(&row, &value),
+            None => self.remove_row(&row),
+        }
+    }
+
+    /// Every setting.
+    pub(super) fn settings(&self) -> Result<Vec<(String, String)>, QueueError> {
+        guarded(|| {
+            let mut all = Vec::new();
+            for row in self.db.scan_prefix(b"s") {
+                let (key, value) = row?;
+                let key = std::str::from_utf8(key.get(1..).unwrap_or_default());
+                let key = key.map_err(|_| QueueError::Damaged("setting"))?;
+                let value = postcard::from_bytes(&value).map_err(|_| QueueError::Damaged("setting"))?;
+                all.push((key.to_owned(), value));
+            }
+            Ok(all)
+        })
+    }
+
+    /// Nonces are ordered by when they may be forgotten.
+    pub(super) fn put_nonce(&self, key: u128, until_s: u64) -> Result<(), QueueError> {
+        self.put_row(&nonce_key(key, until_s), &())
+    }
+
+    /// Drops some of the nonces that may be forgotten.
+    pub(super) fn expire_nonces(&self, now_s: u64) -> Result<(), QueueError> {
+        guarded(|| {
+            let end = numbered(b'o', now_s);
+            for row in self.db.range(numbered(b'o', 0)..end).take(NONCES_EXPIRED_AT_ONCE) {
+                let (key, _) = row?;
+                self.db.remove(key)?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Every nonce, with until when it is to be remembered.
+    pub(super) fn nonces(&self) -> Result<Vec<(u128, u64)>, QueueError> {
+        guarded(|| {
+            let mut all = Vec::new();
+            for row in self.db.scan_prefix(b"o") {
+                let (row, _) = row?;
+                let found = row.get(1..).and_then(|row| row.split_at_checked(8)).and_then(|(until, key)| {
+                    let until_s = u64::from_be_bytes(until.try_into().ok()?);
+                    Some((u128::from_be_bytes(key.try_into().ok()?), until_s))
+                });
+                all.push(found.ok_or(QueueError::Damaged("nonce"))?);
+            }
+            Ok(all)
+        })
+    }
+
     /// Shows a bucket's pages one after another, as stored, until `visit` has what it looks for.
     pub(super) fn look_in_bucket<T>(
         &self,
@@ -333,6 +393,10 @@ fn numbered(kind: u8, number: u64) -> [u8; 9] {
         *place = byte;
     }
     key
+}
+
+fn nonce_key(key: u128, until_s: u64) -> Vec<u8> {
+    [numbered(b'o', until_s).as_slice(), &key.to_be_bytes()].concat()
 }
 
 fn block_key(segment: u64, generation: u32, block: u32) -> Vec<u8> {

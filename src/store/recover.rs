@@ -118,8 +118,8 @@ struct Opening<'a> {
 }
 
 impl Store {
-    /// Opens the data directory and fills `schedule`, whose endpoints are configured already, with what waits. Starts the
-    /// threads, which tell `notices` what becomes durable from then on.
+    /// Opens the data directory and fills `schedule` with what waits, after `prepare` has configured its endpoints by the
+    /// settings. Starts the threads, which tell `notices` what becomes durable from then on.
     ///
     /// # Errors
     /// The directory cannot be used.
@@ -127,6 +127,7 @@ impl Store {
         settings: Settings,
         metrics: StoreMetrics,
         schedule: &mut Schedule,
+        prepare: impl FnOnce(&BTreeMap<String, String>, &mut Schedule),
         notices: mpsc::Sender<Notice>,
     ) -> Result<(Store, Threads), OpenError> {
         let dir = settings.dir.clone();
@@ -160,6 +161,9 @@ impl Store {
         };
         opening.find_segments().map_err(io_error(&journal))?;
         let (queue, applier) = opening.open_queue()?;
+        let remembered = |error: QueueError| OpenError::Queue(error.to_string());
+        let set: BTreeMap<String, String> = queue.settings().map_err(remembered)?.into_iter().collect();
+        prepare(&set, schedule);
         let mut segments = Segments::default();
         opening.load(&queue, schedule, &mut segments).map_err(io_error(&journal))?;
         let ids = opening.load_ids(&queue, applier.next_id());
@@ -173,6 +177,10 @@ impl Store {
         let mut admission = Admission::new(settings.rules, ids);
         for view in schedule.endpoints() {
             admission.count_waiting(view.name, view.events);
+        }
+        admission.settings = set;
+        for (key, until_s) in queue.nonces().map_err(remembered)? {
+            admission.nonces.take(key, until_s, 0);
         }
         let identity = opening.identity;
         let free = free_bytes(&dir).map_err(io_error(&dir))?;
@@ -350,7 +358,7 @@ impl Opening<'_> {
         if needed.is_some_and(|needed| here < needed) {
             return Err(QueueError::Damaged("it is older than the checkpoint"));
         }
-        let state_log = StateLog::open(&self.settings.dir, at.state_log, at.state_len)?;
+        let state_log = StateLog::open(&self.settings.dir, &at)?;
         let mut applier = Applier::resume(&queue, at, state_log, Position::default(), self.applier_settings())?;
         self.apply_rest(&queue, &mut applier)?;
         Ok((Arc::new(queue), applier))
@@ -375,8 +383,8 @@ impl Opening<'_> {
             self.metrics.damaged("state_log", scan.damaged.len() as u64);
             len = u64::from(scan.valid_len);
         }
-        let state_log = StateLog::open(&self.settings.dir, number, len)?;
         let at = PositionRow { state_log: number, state_len: len, ..PositionRow::default() };
+        let state_log = StateLog::open(&self.settings.dir, &at)?;
         let mut applier = Applier::resume(&queue, at, state_log, from, self.applier_settings())?;
         self.apply_rest(&queue, &mut applier)?;
         queue.flush()?;
@@ -391,7 +399,7 @@ impl Opening<'_> {
     fn apply_rest(&self, queue: &Queue, applier: &mut Applier) -> Result<(), QueueError> {
         let at = applier.position().segment;
         for found in self.found.iter().filter(|found| found.number >= at) {
-            applier.apply(queue, &found.file, found.number, found.end)?;
+            applier.apply(queue, &found.file, (found.number, found.end), |_| ())?;
         }
         applier.commit(queue)
     }
@@ -632,7 +640,7 @@ pub(super) fn index_entry(frame: &Frame) -> Option<IndexEntry> {
 }
 
 fn apply_change(queue: &Queue, hashing: &HashKey, change: &StateChange) -> Result<(), QueueError> {
-    state::apply(queue, hashing, change, |_| false)
+    state::apply(queue, hashing, change, |_| false).map(drop)
 }
 
 /// After an error of sled's while running: opens it again, or builds it anew, up to what is durable.
@@ -642,7 +650,7 @@ pub(super) fn reopen_queue(inner: &Inner) -> Result<(Arc<Queue>, Applier), Queue
     let settings = (inner.hashing(), rules.dedupe_max as u64, rules.forget_after_s);
     let queue = Queue::open(&dir)?;
     let at = queue.position()?.unwrap_or_default();
-    let state_log = StateLog::open(&inner.settings.dir, at.state_log, at.state_len)?;
+    let state_log = StateLog::open(&inner.settings.dir, &at)?;
     let mut applier = Applier::resume(&queue, at, state_log, Position::default(), settings)?;
     let durable = *inner.durable.lock().unwrap_or_else(PoisonError::into_inner);
     keeper::advance(inner, &mut applier, &queue, durable)?;

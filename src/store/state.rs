@@ -1,8 +1,10 @@
 //! What is remembered of customers, in memory: a bounded cache over the queue's rows that also holds every change which
 //! the queue has not taken yet.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasher as _, RandomState};
+use std::io;
+use std::sync::Arc;
 
 use super::codec::StateChange;
 use super::queue::{Queue, QueueError};
@@ -11,11 +13,11 @@ use crate::domain::endpoint::Plugin;
 use crate::domain::keys::HashKey;
 use serde::{Deserialize, Serialize};
 
-/// Clean entries beyond which the older half is dropped.
+/// Clean entries of a generation.
 const CLEAN_MAX: usize = 20_000;
 
-/// Entries beyond which requests wait until the queue has taken some.
-const CHANGED_MAX: usize = 80_000;
+/// Changes beyond which requests wait until the queue has taken some.
+const CHANGED_MAX: usize = 40_000;
 
 /// What is looked up.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -31,33 +33,63 @@ pub(super) enum StateValue {
     Name(Option<String>),
 }
 
+/// An entry that a request changed.
 #[derive(Clone, Debug)]
-struct Entry {
+struct Changed {
     value: StateValue,
-    /// The request that changed it; 0: as in the queue.
+    /// The request.
     ticket: u64,
 }
 
 /// An entry before a change, to put back when the change could not be stored.
 #[derive(Debug)]
 pub(super) struct Undo {
-    key: StateKey,
-    before: Option<Entry>,
+    key: Arc<StateKey>,
+    before: Option<Changed>,
 }
 
-/// The cache. Two generations: what was not used since the last turn goes, unless the queue has yet to take it.
+/// What the queue has too. Two generations: what was not used while one filled goes.
+#[derive(Debug, Default)]
+struct Clean {
+    young: HashMap<Arc<StateKey>, StateValue>,
+    old: HashMap<Arc<StateKey>, StateValue>,
+}
+
+impl Clean {
+    fn get(&mut self, key: &StateKey) -> Option<&StateValue> {
+        if !self.young.contains_key(key)
+            && let Some((key, value)) = self.old.remove_entry(key)
+        {
+            self.keep(key, value);
+        }
+        self.young.get(key)
+    }
+
+    fn keep(&mut self, key: Arc<StateKey>, value: StateValue) {
+        if self.young.len() >= CLEAN_MAX {
+            // The table of the generation that goes is used again.
+            std::mem::swap(&mut self.young, &mut self.old);
+            self.young.clear();
+        }
+        self.young.insert(key, value);
+    }
+
+    fn take(&mut self, key: &StateKey) -> Option<StateValue> {
+        self.young.remove(key).or_else(|| self.old.remove(key))
+    }
+}
+
+/// The cache: changes that the queue has yet to take, over what it has.
 #[derive(Debug)]
 pub(super) struct StateCache {
-    young: HashMap<StateKey, Entry>,
-    old: HashMap<StateKey, Entry>,
-    /// By a hash of the key: moves when a changed entry leaves the cache.
+    changed: HashMap<Arc<StateKey>, Changed>,
+    /// Every change since, oldest first; an entry stays in `changed` until its last one is taken.
+    order: VecDeque<(u64, Arc<StateKey>)>,
+    applied: u64,
+    clean: Clean,
+    /// By a hash of the key: moves when the queue has taken an entry, and when a change is undone.
     versions: Vec<u32>,
     hasher: RandomState,
-    applied: u64,
-    /// Size of the young generation at which it becomes the old one.
-    turn_at: usize,
-    /// `applied` when everything that it covers was last dropped.
-    purged: u64,
 }
 
 /// Keys share a version with few others.
@@ -66,13 +98,12 @@ const VERSIONS: usize = 1 << 14;
 impl StateCache {
     pub(super) fn new() -> StateCache {
         StateCache {
-            young: HashMap::new(),
-            old: HashMap::new(),
+            changed: HashMap::new(),
+            order: VecDeque::new(),
+            applied: 0,
+            clean: Clean::default(),
             versions: vec![0; VERSIONS],
             hasher: RandomState::new(),
-            applied: 0,
-            turn_at: CLEAN_MAX,
-            purged: 0,
         }
     }
 
@@ -93,81 +124,63 @@ impl StateCache {
     }
 
     pub(super) fn get(&mut self, key: &StateKey) -> Option<&StateValue> {
-        if !self.young.contains_key(key)
-            && let Some((key, entry)) = self.old.remove_entry(key)
-        {
-            self.young.insert(key, entry);
+        match self.changed.get(key) {
+            Some(changed) => Some(&changed.value),
+            None => self.clean.get(key),
         }
-        self.young.get(key).map(|entry| &entry.value)
     }
 
     /// Takes what was read from the queue since `version`, unless something newer is or was known.
     pub(super) fn fill(&mut self, key: StateKey, version: u32, value: StateValue) {
         if self.get(&key).is_none() && self.version(&key) == version {
-            self.make_room();
-            self.young.insert(key, Entry { value, ticket: 0 });
+            self.clean.keep(Arc::new(key), value);
         }
     }
 
     /// Changes an entry on behalf of a request.
     pub(super) fn put(&mut self, key: StateKey, value: StateValue, ticket: u64) -> Undo {
-        self.make_room();
-        let before = self.young.insert(key.clone(), Entry { value, ticket }).or_else(|| self.old.remove(&key));
-        Undo { key, before }
+        let key = Arc::new(key);
+        self.order.push_back((ticket, Arc::clone(&key)));
+        let clean = self.clean.take(&key);
+        let before = self.changed.insert(Arc::clone(&key), Changed { value, ticket });
+        Undo { key, before: before.or(clean.map(|value| Changed { value, ticket: 0 })) }
     }
 
     pub(super) fn undo(&mut self, undo: Undo) {
-        self.old.remove(&undo.key);
         self.move_version(&undo.key);
+        self.changed.remove(&undo.key);
         match undo.before {
-            Some(entry) => self.young.insert(undo.key, entry),
-            None => self.young.remove(&undo.key),
-        };
+            Some(before) if before.ticket > self.applied => drop(self.changed.insert(undo.key, before)),
+            Some(before) => self.clean.keep(undo.key, before.value),
+            None => (),
+        }
     }
 
     /// The queue has taken the changes of all requests up to this one.
     pub(super) fn applied(&mut self, ticket: u64) {
         self.applied = self.applied.max(ticket);
+        while let Some((_, key)) = self.order.pop_front_if(|(of, _)| *of <= self.applied) {
+            if self.changed.get(&key).is_some_and(|changed| changed.ticket <= self.applied)
+                && let Some((key, changed)) = self.changed.remove_entry(&key)
+            {
+                self.move_version(&key);
+                self.clean.keep(key, changed.value);
+            }
+        }
     }
 
     /// Changed customers of that token which the queue may not have yet.
     pub(super) fn customers_of(&self, web_token: &str) -> Vec<Plugin> {
-        let of_it = |key: &StateKey| match key {
+        let of_it = |key: &Arc<StateKey>| match &**key {
             StateKey::Customer(plugin, token) if token == web_token => Some(*plugin),
             StateKey::Customer(..) | StateKey::Name(..) => None,
         };
-        self.young.keys().chain(self.old.keys()).filter_map(of_it).collect()
+        self.changed.keys().filter_map(of_it).collect()
     }
 
     /// Whether more changes wait for the queue than memory is meant for.
-    pub(super) fn is_crowded(&mut self) -> bool {
-        if self.young.len() + self.old.len() > CHANGED_MAX && self.purged != self.applied {
-            self.purged = self.applied;
-            // Both generations, so that only what the queue has yet to take is left.
-            self.turn();
-            self.turn();
-        }
-        self.young.len() + self.old.len() > CHANGED_MAX
-    }
-
-    fn make_room(&mut self) {
-        if self.young.len() >= self.turn_at {
-            self.turn();
-        }
-    }
-
-    fn turn(&mut self) {
-        let mut kept = HashMap::new();
-        for (key, entry) in std::mem::take(&mut self.old) {
-            if entry.ticket > self.applied {
-                kept.insert(key, entry);
-            } else if entry.ticket > 0 {
-                self.move_version(&key);
-            }
-        }
-        // What must be kept may be more than that: then the next turn comes when as much again is new.
-        self.turn_at = CLEAN_MAX.max(2 * kept.len());
-        self.old = std::mem::replace(&mut self.young, kept);
+    pub(super) fn is_crowded(&self) -> bool {
+        self.order.len() > CHANGED_MAX
     }
 }
 
@@ -242,40 +255,62 @@ pub(super) fn plugins_of(queue: &Queue, hashing: &HashKey, web_token: &str) -> R
     Ok(customers.into_iter().filter(|other| other.web_token == web_token).map(|other| other.plugin).collect())
 }
 
-/// Makes a change in the queue's rows. `is_forgotten` says which other customers of the bucket are to go.
+/// Where a change goes: changes of one bucket have the same place, and places next to each other share pages.
+pub(super) fn place(hashing: &HashKey, change: &StateChange) -> (u8, u32) {
+    match change {
+        StateChange::PutCustomer(Customer { web_token, .. }) | StateChange::DropCustomer { web_token, .. } => {
+            (CUSTOMERS, bucket(hashing, web_token))
+        }
+        StateChange::Name { name, .. } => (NAMES, bucket(hashing, name)),
+        StateChange::Setting { .. } | StateChange::Nonce { .. } => (0, 0),
+    }
+}
+
+/// Makes a change in the queue's rows. `is_forgotten` says which other customers of the bucket are to go. Answers how
+/// many changes before it no longer count.
 pub(super) fn apply(
     queue: &Queue,
     hashing: &HashKey,
     change: &StateChange,
     is_forgotten: impl Fn(&Customer) -> bool,
-) -> Result<(), QueueError> {
+) -> Result<usize, QueueError> {
+    let (_, bucket) = place(hashing, change);
     match change {
         StateChange::PutCustomer(customer) => {
-            let bucket = bucket(hashing, &customer.web_token);
             let mut customers: Vec<Customer> = queue.bucket(CUSTOMERS, bucket)?;
+            let before = customers.len();
             customers.retain(|other| {
                 let is_it = other.plugin == customer.plugin && other.web_token == customer.web_token;
                 !is_it && !is_forgotten(other)
             });
+            let gone = before - customers.len();
             customers.push(customer.clone());
-            queue.put_bucket(CUSTOMERS, bucket, &customers)
+            queue.put_bucket(CUSTOMERS, bucket, &customers)?;
+            Ok(gone)
         }
         StateChange::DropCustomer { plugin, web_token } => {
-            let bucket = bucket(hashing, web_token);
             let mut customers: Vec<Customer> = queue.bucket(CUSTOMERS, bucket)?;
+            let before = customers.len();
             customers.retain(|other| other.plugin != *plugin || other.web_token != *web_token);
-            queue.put_bucket(CUSTOMERS, bucket, &customers)
+            let gone = before - customers.len();
+            queue.put_bucket(CUSTOMERS, bucket, &customers)?;
+            Ok(gone + 1)
         }
         StateChange::Name { kind, plugin, name, web_token } => {
-            let bucket = bucket(hashing, name);
             let mut names: Vec<NameEntry> = queue.bucket(NAMES, bucket)?;
+            let before = names.len();
             names.retain(|other| other.kind != *kind || other.plugin != *plugin || other.name != *name);
+            let gone = before - names.len() + usize::from(web_token.is_none());
             if let Some(web_token) = web_token {
                 let (name, web_token) = (name.clone(), web_token.clone());
                 names.push(NameEntry { kind: *kind, plugin: *plugin, name, web_token });
             }
-            queue.put_bucket(NAMES, bucket, &names)
+            queue.put_bucket(NAMES, bucket, &names)?;
+            Ok(gone)
         }
+        StateChange::Setting { key, value } => queue.put_setting(key, value.as_deref()).map(|()| 1),
+        // It is out of date before the log is long.
+        StateChange::Nonce { key, until_s } => queue.put_nonce(*key, *until_s).map(|()| 1),
     }
 }
 
@@ -305,13 +340,19 @@ pub(super) fn sweep(
 }
 
 /// Every change that would build the rows anew, bucket by bucket.
-pub(super) fn dump(queue: &Queue, mut write: impl FnMut(StateChange)) -> Result<(), QueueError> {
+pub(super) fn dump(queue: &Queue, mut write: impl FnMut(StateChange) -> io::Result<()>) -> Result<(), QueueError> {
+    for (key, value) in queue.settings()? {
+        write(StateChange::Setting { key, value: Some(value) })?;
+    }
+    for (key, until_s) in queue.nonces()? {
+        write(StateChange::Nonce { key, until_s })?;
+    }
     for bucket in 0..BUCKETS {
         for customer in queue.bucket::<Customer>(CUSTOMERS, bucket)? {
-            write(StateChange::PutCustomer(customer));
+            write(StateChange::PutCustomer(customer))?;
         }
         for NameEntry { kind, plugin, name, web_token } in queue.bucket(NAMES, bucket)? {
-            write(StateChange::Name { kind, plugin, name, web_token: Some(web_token) });
+            write(StateChange::Name { kind, plugin, name, web_token: Some(web_token) })?;
         }
     }
     Ok(())

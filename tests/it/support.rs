@@ -61,6 +61,12 @@ impl Relay {
         } else {
             format!("{config}\n[local]\nlisten = \"{local}\"\n")
         };
+        // Receivers of tests are on loopback.
+        let local_table = match local_table.split_once("[push]\n") {
+            _ if config.contains("allow_networks") => local_table,
+            Some((before, after)) => format!("{before}[push]\nallow_networks = [\"127.0.0.0/8\"]\n{after}"),
+            None => format!("{local_table}\n[push]\nallow_networks = [\"127.0.0.0/8\"]\n"),
+        };
         let outbox = if config.contains("[outbox]") { "" } else { "[outbox]\nmin_free_disk = 0\n" };
         let text = format!(
             "data_dir = {:?}\n{local_table}\n[metrics]\nlisten = \"{metrics}\"\n{outbox}[log]\nformat = \"text\"\n",

@@ -155,6 +155,14 @@ pub struct EndpointView {
     pub rate_limited: u64,
 }
 
+impl EndpointView {
+    /// The contract's word for it (§6).
+    #[must_use]
+    pub fn state(&self) -> &'static str {
+        if self.is_up { "up" } else { "down" }
+    }
+}
+
 #[derive(Debug)]
 struct Flight {
     /// Events offered to the push.
@@ -343,6 +351,7 @@ impl Schedule {
                 Verdict::Again => self.make_ready(lane_id, moment.now),
                 Verdict::Delivered => self.delivered(lane_id, taken, &mut outcome, moment.now),
                 Verdict::Gone
+                | Verdict::Rejected
                 | Verdict::Refused
                 | Verdict::Throttled(_)
                 | Verdict::Failed { .. }
@@ -562,7 +571,7 @@ impl Schedule {
                 endpoint.held_until = endpoint.held_until.max(hold(wait));
                 None
             }
-            Verdict::Gone | Verdict::Refused | Verdict::Failed { .. } => {
+            Verdict::Gone | Verdict::Rejected | Verdict::Refused | Verdict::Failed { .. } => {
                 if let Verdict::Failed { hold: wait, halves } = verdict {
                     if halves {
                         endpoint.window = (endpoint.window / 2).max(1);
@@ -635,6 +644,8 @@ impl Schedule {
             Some((1, DeathReason::Damaged))
         } else if verdict == Verdict::Gone {
             Some((taken, DeathReason::Gone))
+        } else if verdict == Verdict::Rejected {
+            Some((taken, DeathReason::Refused))
         } else if verdict == Verdict::Refused && taken == 1 && retry.refusals >= self.settings.max_refusals {
             Some((taken, DeathReason::Refused))
         } else if max_attempts > 0 && retry.attempts >= max_attempts {

@@ -1,0 +1,166 @@
+//! `/v1/endpoints` (contract §3): the push addresses that an administrator saved, over those of the config file.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use hyper::StatusCode;
+use serde::Serialize;
+
+use super::Api;
+use super::answer::{self, Answer, ApiError, Code, error};
+use crate::config::{Config, Endpoint, Endpoints, Entry, Source};
+use crate::domain::endpoint::EndpointName;
+use crate::relay::Command;
+
+/// Settings of the store that are endpoints begin with this.
+const PREFIX: &str = "endpoint/";
+
+/// The endpoints that calls have set, from the store's settings.
+#[must_use]
+pub fn entries(settings: &BTreeMap<String, String>) -> BTreeMap<EndpointName, Entry> {
+    let mut all = BTreeMap::new();
+    for (key, text) in settings {
+        let Some(name) = key.strip_prefix(PREFIX).and_then(|name| name.parse().ok()) else { continue };
+        match Entry::from_text(text) {
+            Some(entry) => drop(all.insert(name, entry)),
+            None => tracing::error!(endpoint = %name, "a stored endpoint cannot be read"),
+        }
+    }
+    all
+}
+
+#[derive(Serialize)]
+struct Shown {
+    name: String,
+    url: Option<String>,
+    source: &'static str,
+    state: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rate_per_second: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    burst: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    concurrency: Option<u32>,
+    signed: bool,
+    headers: Vec<String>,
+}
+
+fn shown(name: EndpointName, endpoint: Option<&Endpoint>, state: &'static str) -> Shown {
+    let limits = endpoint.map(|endpoint| endpoint.limits);
+    Shown {
+        name: name.to_string(),
+        url: endpoint.map(|endpoint| endpoint.url.uri().to_string()),
+        source: match endpoint.map(|endpoint| endpoint.source) {
+            Some(Source::Config) => "config",
+            // Only a call says that there is no push.
+            Some(Source::Api) | None => "api",
+        },
+        state,
+        rate_per_second: limits.map(|limits| limits.rate_per_second),
+        burst: limits.map(|limits| limits.burst),
+        concurrency: limits.map(|limits| limits.concurrency),
+        signed: endpoint.is_some_and(|endpoint| endpoint.signing.is_some()),
+        headers: endpoint.map_or_else(Vec::new, |endpoint| {
+            endpoint.headers.iter().map(|(name, _)| name.as_str().to_owned()).collect()
+        }),
+    }
+}
+
+/// Reads an endpoint's name in a path.
+pub(super) fn name(text: &str) -> Result<EndpointName, ApiError> {
+    EndpointName::any(text).map_err(|bad| error(Code::InvalidRequest, format!("name: {bad}")))
+}
+
+pub(super) async fn list(api: &Api) -> Result<Answer, ApiError> {
+    #[derive(Serialize)]
+    struct List {
+        endpoints: Vec<Shown>,
+    }
+    let states = states(api).await?;
+    let all = api.endpoints.load();
+    let endpoints = all.iter().map(|(name, endpoint)| shown(*name, endpoint.as_ref(), state(&states, *name))).collect();
+    Ok(answer::json(StatusCode::OK, &List { endpoints }))
+}
+
+pub(super) async fn show(api: &Api, name: EndpointName) -> Result<Answer, ApiError> {
+    let states = states(api).await?;
+    let all = api.endpoints.load();
+    let endpoint = all.get(&name).ok_or_else(|| unknown(name))?;
+    Ok(answer::json(StatusCode::OK, &shown(name, endpoint.as_ref(), state(&states, name))))
+}
+
+pub(super) async fn put(api: &Api, name: EndpointName, body: &[u8]) -> Result<Answer, ApiError> {
+    if name == EndpointName::SURVEY {
+        return Err(error(Code::InvalidRequest, "name: survey is im_server.survey_url of the config"));
+    }
+    {
+        let _changing = api.changes.lock().await;
+        let config = api.config.load_full();
+        let all = entries(&api.store.settings());
+        let entry = Entry::put(body, all.get(&name), name, &config.defaults, &config.url_rule);
+        let text = entry.and_then(|entry| entry.to_text());
+        let text = text.map_err(|problem| error(Code::InvalidRequest, problem))?;
+        api.store.set(&format!("{PREFIX}{name}"), Some(text)).await?;
+        api.apply(config).await?;
+    }
+    tracing::info!(endpoint = %name, "endpoint set by a call");
+    show(api, name).await
+}
+
+pub(super) async fn delete(api: &Api, name: EndpointName) -> Result<Answer, ApiError> {
+    #[derive(Serialize)]
+    struct Deleted {
+        deleted: bool,
+    }
+    let _changing = api.changes.lock().await;
+    let key = format!("{PREFIX}{name}");
+    if !api.store.settings().contains_key(&key) {
+        let message = format!("name: no call has set {name}; what the config file says is changed there");
+        return Err(error(Code::NotFound, message));
+    }
+    api.store.set(&key, None).await?;
+    api.apply(api.config.load_full()).await?;
+    tracing::info!(endpoint = %name, "endpoint deleted by a call");
+    Ok(answer::json(StatusCode::OK, &Deleted { deleted: true }))
+}
+
+fn unknown(name: EndpointName) -> ApiError {
+    error(Code::NotFound, format!("name: there is no endpoint {name}"))
+}
+
+async fn states(api: &Api) -> Result<BTreeMap<EndpointName, &'static str>, ApiError> {
+    let view = api.ask(Command::View).await.ok_or_else(answer::busy)?;
+    Ok(view.endpoints.iter().map(|endpoint| (endpoint.name, endpoint.state())).collect())
+}
+
+fn state(states: &BTreeMap<EndpointName, &'static str>, name: EndpointName) -> &'static str {
+    states.get(&name).copied().unwrap_or("up")
+}
+
+impl Api {
+    /// Makes a config, and the endpoints that come of it, the ones of now. `changes` is held.
+    ///
+    /// # Errors
+    /// The relay does not answer: it may or may not go by the new ones.
+    pub(super) async fn apply(&self, config: Arc<Config>) -> Result<(), ApiError> {
+        let new = Arc::new(config.effective(&entries(&self.store.settings())));
+        // First what goes, so that nothing is accepted for it any more; then the relay; then what is new, so that
+        // nothing is accepted for it before the relay knows it.
+        let old = self.endpoints.load_full();
+        let both: Endpoints = old
+            .iter()
+            .filter_map(|(name, endpoint)| match new.get(name) {
+                Some(Some(_)) => Some((*name, endpoint.clone())),
+                Some(None) => Some((*name, None)),
+                None => None,
+            })
+            .collect();
+        self.endpoints.store(Arc::new(both));
+        let rule = Arc::new(config.url_rule.clone());
+        let endpoints = Arc::clone(&new);
+        let configured = self.ask(|reply| Command::Configure { endpoints, rule, reply }).await;
+        self.config.store(config);
+        self.endpoints.store(new);
+        configured.ok_or_else(answer::busy)
+    }
+}

@@ -1,0 +1,166 @@
+//! `[open_api]`: the two calls of contract §4 over the network, signed, and nothing else.
+//!
+//! An unknown account, a wrong token and a wrong sign look the same from outside: the same hash is computed and compared
+//! whoever calls, and there is one answer.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use aws_lc_rs::digest;
+use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
+use hyper::body::Incoming;
+use hyper::{Method, Request};
+use subtle::ConstantTimeEq as _;
+
+use super::answer::{Answer, ApiError, Code, error};
+use super::udesk::{self, Failure, Parameters};
+use super::{Api, h5push, local, survey};
+use crate::clock;
+use crate::config::{Account, OpenApi};
+
+/// Largest body, bytes.
+const BODY_MAX: usize = 64 << 10;
+
+/// How often each account has called lately. Kept over a reload while the limit is the same.
+#[derive(Debug, Default)]
+pub struct Callers(Mutex<HashMap<String, (u32, Arc<DefaultDirectRateLimiter>)>>);
+
+impl Callers {
+    /// Whether this account may call once more; 0 is no limit.
+    fn may_call(&self, email: &str, per_minute: u32) -> bool {
+        let Some(limit) = std::num::NonZeroU32::new(per_minute) else { return true };
+        let limiter = {
+            let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let (known, limiter) = all
+                .entry(email.to_owned())
+                .or_insert_with(|| (per_minute, Arc::new(RateLimiter::direct(Quota::per_minute(limit)))));
+            if *known != per_minute {
+                (*known, *limiter) = (per_minute, Arc::new(RateLimiter::direct(Quota::per_minute(limit))));
+            }
+            Arc::clone(limiter)
+        };
+        limiter.check().is_ok()
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Call {
+    H5push,
+    Survey,
+}
+
+impl Call {
+    fn of(path: &str) -> Option<Call> {
+        Some(match path {
+            local::H5PUSH => Call::H5push,
+            local::SURVEY => Call::Survey,
+            _ => return None,
+        })
+    }
+
+    fn path(self) -> &'static str {
+        match self {
+            Call::H5push => local::H5PUSH,
+            Call::Survey => local::SURVEY,
+        }
+    }
+}
+
+/// Answers one request.
+pub(super) async fn answer(api: &Api, request: Request<Incoming>) -> Answer {
+    let Some(call) = Call::of(request.uri().path()) else {
+        let answer = error(Code::NotFound, "path: nothing is here").into_answer();
+        api.metrics.count_open_api("other", u32::from(answer.status().as_u16()));
+        return answer;
+    };
+    let (answer, code) = match handle(api, call, request).await {
+        Ok(Ok(answer)) => (answer, udesk::DONE),
+        Ok(Err(failure)) => {
+            let code = failure.code;
+            (failure.into_answer(), code)
+        }
+        Err(error) => {
+            let answer = error.into_answer();
+            let status = u32::from(answer.status().as_u16());
+            (answer, status)
+        }
+    };
+    api.metrics.count_open_api(call.path(), code);
+    answer
+}
+
+async fn handle(api: &Api, call: Call, request: Request<Incoming>) -> Result<Result<Answer, Failure>, ApiError> {
+    if request.method() != Method::POST {
+        return Err(error(Code::MethodNotAllowed("POST"), "method: POST only"));
+    }
+    let form = local::body_form(&request)?;
+    let query = request.uri().query().unwrap_or("").to_owned();
+    let body = local::read_body(api, request, BODY_MAX).await?;
+    let config = api.config.load();
+    let answered = async {
+        let signed = udesk::parameters(&query, udesk::BodyForm::None, &[])?;
+        let account = authorize(api, &config.open_api, &signed).await?;
+        let parameters = udesk::parameters(&query, form, &body.bytes)?;
+        match call {
+            Call::H5push => h5push::post(api, &parameters, account.plugins.as_deref()).await,
+            Call::Survey => survey::post(api, &parameters).await,
+        }
+    };
+    Ok(answered.await)
+}
+
+/// Who calls, by a signature that is right, fresh, and used once.
+async fn authorize<'a>(api: &Api, open_api: &'a OpenApi, signed: &Parameters) -> Result<&'a Account, Failure> {
+    let value = |name: &str| signed.get(name).map(String::as_str).ok_or_else(|| udesk::missing(name));
+    let (email, timestamp, nonce) = (value("email")?, value("timestamp")?, value("nonce")?);
+    let (version, sign) = (value("sign_version")?, value("sign")?);
+    let known = open_api.accounts.iter().find(|account| account.email == email);
+    // Nobody's token, of the usual length: an unknown account takes as long as a known one.
+    let token = known.map_or("0123456789abcdef0123456789abcdef", |account| account.token.expose());
+    let is_right = bool::from(signature(email, token, timestamp, nonce).as_bytes().ct_eq(sign.as_bytes()));
+    let is_number = timestamp.bytes().all(|byte| byte.is_ascii_digit());
+    let signed_at: Option<u64> = timestamp.parse().ok().filter(|_| is_number);
+    let now_s = clock::wall_ms() / 1_000;
+    let tolerance_s = open_api.timestamp_tolerance.as_secs();
+    let (Some(account), Some(signed_at), true, "v2") = (known, signed_at, is_right, version) else {
+        return Err(udesk::unsigned());
+    };
+    if signed_at.abs_diff(now_s) > tolerance_s {
+        return Err(udesk::unsigned());
+    }
+    // Only calls that are rightly signed count, so that nobody else can use an account's calls up.
+    if !api.callers.may_call(email, open_api.rate_limit_per_minute) {
+        return Err(udesk::too_many());
+    }
+    let key = api.store.hashing().nonce(email, nonce);
+    let is_fresh = api.store.use_nonce(key, signed_at + tolerance_s, now_s).await.map_err(udesk::unavailable)?;
+    if is_fresh { Ok(account) } else { Err(udesk::unsigned()) }
+}
+
+/// Lower-case hex SHA-256 of `email&token&timestamp&nonce&v2`.
+fn signature(email: &str, token: &str, timestamp: &str, nonce: &str) -> String {
+    let content = format!("{email}&{token}&{timestamp}&{nonce}&v2");
+    let hash = digest::digest(&digest::SHA256, content.as_bytes());
+    hash.as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_signature_is_the_hash_of_its_parts() {
+        // printf 'admin@example.com&s3cret&1795000000&n-1&v2' | sha256sum
+        let expected = "d9f50a9b1300e862cf80794567aaf4affacb26a2f25f7aacf5291a48914d4550";
+        assert_eq!(signature("admin@example.com", "s3cret", "1795000000", "n-1"), expected);
+    }
+
+    #[test]
+    fn an_account_has_its_calls_a_minute_and_zero_is_no_limit() {
+        let callers = Callers::default();
+        assert_eq!((0..5).filter(|_| callers.may_call("a", 3)).count(), 3);
+        assert_eq!((0..5).filter(|_| callers.may_call("b", 3)).count(), 3);
+        assert_eq!((0..5).filter(|_| callers.may_call("a", 0)).count(), 5);
+        assert!(callers.may_call("a", 4), "a new limit begins anew");
+    }
+}

@@ -1,0 +1,423 @@
+//! The config file: as it is written, and as the rest of the program needs it.
+//!
+//! Every value is checked where it is read, so that an error has its line and column.
+
+mod endpoint;
+mod open_api;
+mod values;
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::num::NonZeroU32;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use ipnet::IpNet;
+use serde::Deserialize;
+
+use self::endpoint::EndpointWritten;
+pub use self::endpoint::{ClientCert, Defaults, Endpoint, Endpoints, Entry, Source, UrlRule};
+use self::open_api::OpenApiWritten;
+pub use self::open_api::{Account, OpenApi, ServerTls};
+use self::values::{EndpointKey, Positive, Size, Time};
+pub use self::values::{Listen, PushUrl, Secret};
+use crate::domain::address::AddressRule;
+use crate::domain::endpoint::EndpointName;
+use crate::domain::retry::Backoff;
+
+macro_rules! table {
+    ($(#[$doc:meta])* $name:ident { $($key:ident: $kind:ty),* $(,)? }) => {
+        $(#[$doc])*
+        #[derive(Deserialize, Default)]
+        #[serde(deny_unknown_fields, default)]
+        struct $name { $($key: Option<$kind>,)* }
+    };
+}
+
+table!(FileWritten {
+    data_dir: PathBuf,
+    shutdown_timeout: Time,
+    local: LocalWritten,
+    metrics: MetricsWritten,
+    outbox: OutboxWritten,
+    gate: GateWritten,
+    defaults: DefaultsWritten,
+    endpoints: BTreeMap<EndpointKey, EndpointWritten>,
+    push: PushWritten,
+    backoff: BackoffWritten,
+    breaker: BreakerWritten,
+    dead_letters: DeadLettersWritten,
+    tls: TlsWritten,
+    im_server: ImServerWritten,
+    open_api: OpenApiWritten,
+    log: LogWritten,
+});
+table!(LocalWritten {
+    listen: Listen,
+    token: String,
+    token_file: PathBuf,
+    allowed_hosts: Vec<String>,
+    socket_mode: String,
+    socket_group: String,
+    max_body_bytes: Size,
+    max_connections: NonZeroU32,
+});
+table!(MetricsWritten { listen: SocketAddr, max_endpoints: usize });
+table!(OutboxWritten {
+    max_events: u64,
+    max_event_bytes: Size,
+    min_free_disk: Size,
+    dedupe_window: Time,
+    dedupe_max: usize,
+});
+table!(GateWritten { require_h5push: bool, forget_after: Time });
+table!(DefaultsWritten { max_events: u64, rate_per_second: Positive, burst: NonZeroU32, concurrency: NonZeroU32 });
+table!(ImServerWritten { survey_url: PushUrl });
+table!(PushWritten {
+    timeout: Time,
+    max_messages: NonZeroU32,
+    max_bytes: Size,
+    max_age: Time,
+    max_attempts: u32,
+    max_refusals: NonZeroU32,
+    max_in_flight: NonZeroU32,
+    allow_http: bool,
+    allow_networks: Vec<IpNet>,
+});
+table!(BackoffWritten { initial: Time, multiplier: Positive, max: Time, randomization: f64 });
+table!(BreakerWritten { failures: NonZeroU32 });
+table!(DeadLettersWritten { keep: Time, max: u64 });
+table!(TlsWritten { extra_ca_file: PathBuf });
+table!(LogWritten { level: String, format: LogFormat, attempts: bool });
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// journald under systemd, text on a terminal, JSON otherwise.
+    #[default]
+    Auto,
+    /// For people.
+    Text,
+    /// One object a line.
+    Json,
+    /// With journald's fields.
+    Journald,
+}
+
+/// Why a config is no good.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// It cannot be read.
+    #[error("{}: {error}", .path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        error: std::io::Error,
+    },
+    /// It is not what it should be; says where.
+    #[error("{}: {problem}", .path.display())]
+    Wrong {
+        /// The file.
+        path: PathBuf,
+        /// What, with line and column where there are some.
+        problem: String,
+    },
+}
+
+/// `[local]`.
+#[derive(Clone, Debug)]
+pub struct Local {
+    /// Where it listens.
+    pub listen: Listen,
+    /// What a caller must know.
+    pub token: Option<Secret>,
+    /// Host names, beside the loopback ones, under which it answers.
+    pub allowed_hosts: Vec<String>,
+    /// Mode of a unix socket.
+    pub socket_mode: u32,
+    /// Group of a unix socket.
+    pub socket_group: Option<String>,
+    /// Largest request, bytes.
+    pub max_body_bytes: usize,
+    /// Most connections at once.
+    pub max_connections: u32,
+}
+
+/// The config as needed.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Where the data is.
+    pub data_dir: PathBuf,
+    /// How long a stop may take.
+    pub shutdown_timeout: Duration,
+    /// `[local]`
+    pub local: Local,
+    /// `metrics.listen`
+    pub metrics_listen: SocketAddr,
+    /// `metrics.max_endpoints`
+    pub metrics_max_endpoints: usize,
+    /// `outbox.max_events`
+    pub max_events: u64,
+    /// `outbox.max_event_bytes`
+    pub max_event_bytes: usize,
+    /// `outbox.min_free_disk`
+    pub min_free_disk: u64,
+    /// `outbox.dedupe_window`
+    pub dedupe_window: Duration,
+    /// `outbox.dedupe_max`
+    pub dedupe_max: usize,
+    /// `gate.require_h5push`
+    pub require_h5push: bool,
+    /// `gate.forget_after`
+    pub forget_after: Duration,
+    /// What endpoints have where they say nothing themselves.
+    pub defaults: Defaults,
+    /// Every endpoint of the file, with the one that surveys go to.
+    pub endpoints: BTreeMap<EndpointName, Endpoint>,
+    /// `push.timeout`
+    pub timeout: Duration,
+    /// `push.max_messages`
+    pub max_messages: u32,
+    /// `push.max_bytes`
+    pub max_bytes: usize,
+    /// `push.max_age`
+    pub max_age: Duration,
+    /// `push.max_attempts`
+    pub max_attempts: u32,
+    /// `push.max_refusals`
+    pub max_refusals: u32,
+    /// `push.max_in_flight`
+    pub max_in_flight: u32,
+    /// `push.allow_http`, `push.allow_networks`
+    pub url_rule: UrlRule,
+    /// `[backoff]`
+    pub backoff: Backoff,
+    /// `breaker.failures`
+    pub breaker_failures: u32,
+    /// `dead_letters.keep`
+    pub dead_keep: Duration,
+    /// `dead_letters.max`
+    pub dead_max: u64,
+    /// `tls.extra_ca_file`
+    pub extra_ca_file: Option<PathBuf>,
+    /// `[open_api]`
+    pub open_api: OpenApi,
+    /// What is not wrong, but not as it should be.
+    pub warnings: Vec<String>,
+    /// `log.level`
+    pub log_level: String,
+    /// `log.format`
+    pub log_format: LogFormat,
+    /// `log.attempts`
+    pub log_attempts: bool,
+}
+
+const HOUR: Duration = Duration::from_secs(3_600);
+/// Largest `local.max_body_bytes`: a request's records go into one segment.
+const BODY_BYTES_MAX: u64 = 32 << 20;
+
+impl Config {
+    /// Reads and checks a file.
+    ///
+    /// # Errors
+    /// It cannot be read, or is wrong.
+    pub fn read(path: &Path) -> Result<Config, ConfigError> {
+        let text =
+            std::fs::read_to_string(path).map_err(|error| ConfigError::Unreadable { path: path.to_owned(), error })?;
+        Config::parse(&text, path)
+    }
+
+    /// Checks a text. `path` is for messages.
+    ///
+    /// # Errors
+    /// It is wrong.
+    pub fn parse(text: &str, path: &Path) -> Result<Config, ConfigError> {
+        let wrong = |problem: String| ConfigError::Wrong { path: path.to_owned(), problem };
+        let file: FileWritten = toml::from_str(text).map_err(|error| wrong(error.to_string()))?;
+        file.check().map_err(wrong)
+    }
+
+    /// The endpoints that are in effect: those of the file, and over them what calls have set.
+    #[must_use]
+    pub fn effective(&self, entries: &BTreeMap<EndpointName, Entry>) -> Endpoints {
+        let mut all: Endpoints =
+            self.endpoints.iter().map(|(name, endpoint)| (*name, Some(endpoint.clone()))).collect();
+        for (name, entry) in entries {
+            match entry.endpoint(*name, &self.defaults) {
+                Ok(endpoint) => drop(all.insert(*name, endpoint)),
+                Err(problem) => tracing::error!(endpoint = %name, problem, "a stored endpoint is of no use"),
+            }
+        }
+        all
+    }
+}
+
+impl FileWritten {
+    fn check(self) -> Result<Config, String> {
+        let mut files = Files::default();
+        let push = self.push.unwrap_or_default();
+        let outbox = self.outbox.unwrap_or_default();
+        let gate = self.gate.unwrap_or_default();
+        let backoff = self.backoff.unwrap_or_default();
+        let dead_letters = self.dead_letters.unwrap_or_default();
+        let metrics = self.metrics.unwrap_or_default();
+        let log = self.log.unwrap_or_default();
+        let allow_http = push.allow_http.unwrap_or(true);
+        let defaults = Defaults::new(&self.defaults.unwrap_or_default());
+        let url_rule =
+            UrlRule { allow_http, addresses: AddressRule { allowed: push.allow_networks.unwrap_or_default() } };
+        let mut endpoints = BTreeMap::new();
+        for (EndpointKey(name), written) in self.endpoints.unwrap_or_default() {
+            let endpoint = written.check(name, &defaults, allow_http, &mut files);
+            let endpoint = endpoint.map_err(|problem| format!("endpoints.{name}: {problem}"))?;
+            if let Err(problem) = url_rule.check(&endpoint.url) {
+                files.warnings.push(format!("endpoints.{name}: {problem}: no push will reach it"));
+            }
+            endpoints.insert(name, endpoint);
+        }
+        if let Some(url) = self.im_server.unwrap_or_default().survey_url {
+            endpoints.insert(EndpointName::SURVEY, defaults.survey(url));
+        }
+        let local = self.local.unwrap_or_default().check(&mut files)?;
+        let open_api = self.open_api.unwrap_or_default().check(&mut files)?;
+        let time = |written: Option<Time>, default: Duration| written.map_or(default, |time| time.0);
+        let positive = |name: &str, time: Duration| {
+            if time.is_zero() { Err(format!("{name}: must be longer than 0")) } else { Ok(time) }
+        };
+        let multiplier = backoff.multiplier.map_or(2.0, |factor| factor.0);
+        if multiplier < 1.0 {
+            return Err("backoff.multiplier: must be at least 1".to_owned());
+        }
+        let randomization = backoff.randomization.unwrap_or(0.5);
+        if !(0.0..=1.0).contains(&randomization) {
+            return Err("backoff.randomization: must be from 0 to 1".to_owned());
+        }
+        let max_event_bytes = outbox.max_event_bytes.map_or(256 << 10, |size| size.0);
+        if !(1..=BODY_BYTES_MAX).contains(&max_event_bytes) {
+            return Err("outbox.max_event_bytes: must be from 1 to 32MiB".to_owned());
+        }
+        let log_level = log.level.unwrap_or_else(|| "info".to_owned());
+        if log_level.parse::<tracing_subscriber::filter::Targets>().is_err() {
+            return Err("log.level: must be error, warn, info, debug or trace".to_owned());
+        }
+        Ok(Config {
+            data_dir: self.data_dir.unwrap_or_else(|| "/var/lib/h5push-relay".into()),
+            shutdown_timeout: time(self.shutdown_timeout, Duration::from_secs(15)),
+            local,
+            metrics_listen: metrics.listen.unwrap_or(SocketAddr::from(([127, 0, 0, 1], 9_860))),
+            metrics_max_endpoints: metrics.max_endpoints.unwrap_or(1_000),
+            max_events: outbox.max_events.unwrap_or(10_000_000),
+            max_event_bytes: max_event_bytes as usize,
+            min_free_disk: outbox.min_free_disk.map_or(1 << 30, |size| size.0),
+            dedupe_window: time(outbox.dedupe_window, 24 * HOUR),
+            dedupe_max: outbox.dedupe_max.unwrap_or(1_000_000),
+            require_h5push: gate.require_h5push.unwrap_or(true),
+            forget_after: positive("gate.forget_after", time(gate.forget_after, 180 * 24 * HOUR))?,
+            defaults,
+            endpoints,
+            timeout: positive("push.timeout", time(push.timeout, Duration::from_secs(10)))?,
+            max_messages: push.max_messages.map_or(50, NonZeroU32::get),
+            max_bytes: push.max_bytes.map_or(256 << 10, |size| size.0) as usize,
+            max_age: time(push.max_age, 24 * HOUR),
+            max_attempts: push.max_attempts.unwrap_or(0),
+            max_refusals: push.max_refusals.map_or(5, NonZeroU32::get),
+            max_in_flight: push.max_in_flight.map_or(4_096, NonZeroU32::get),
+            url_rule,
+            backoff: Backoff {
+                initial: positive("backoff.initial", time(backoff.initial, Duration::from_secs(1)))?,
+                multiplier,
+                max: positive("backoff.max", time(backoff.max, Duration::from_secs(300)))?,
+                randomization,
+            },
+            breaker_failures: self.breaker.unwrap_or_default().failures.map_or(10, NonZeroU32::get),
+            dead_keep: positive("dead_letters.keep", time(dead_letters.keep, 14 * 24 * HOUR))?,
+            dead_max: dead_letters.max.unwrap_or(0),
+            extra_ca_file: self.tls.unwrap_or_default().extra_ca_file.map(|path| expand(&path)),
+            open_api,
+            warnings: files.warnings,
+            log_level,
+            log_format: log.format.unwrap_or_default(),
+            log_attempts: log.attempts.unwrap_or(false),
+        })
+    }
+}
+
+impl LocalWritten {
+    fn check(self, files: &mut Files) -> Result<Local, String> {
+        let listen = self.listen.unwrap_or(Listen::Tcp(SocketAddr::from(([127, 0, 0, 1], 8_460))));
+        let token = files.secret("local.token", self.token, self.token_file)?;
+        if let Some(token) = &token
+            && (token.expose().is_empty() || !token.expose().bytes().all(|byte| byte.is_ascii_graphic()))
+        {
+            return Err("local.token: must be visible ASCII characters without spaces".to_owned());
+        }
+        if let Listen::Tcp(address) = &listen
+            && !address.ip().is_loopback()
+            && token.is_none()
+        {
+            return Err(format!("local.listen: {address} is beyond loopback: that needs local.token_file"));
+        }
+        let mode = self.socket_mode.unwrap_or_else(|| "0660".to_owned());
+        let socket_mode = u32::from_str_radix(&mode, 8).ok().filter(|mode| *mode <= 0o777);
+        let body = self.max_body_bytes.map_or(8 << 20, |size| size.0);
+        if !(1..=BODY_BYTES_MAX).contains(&body) {
+            return Err("local.max_body_bytes: must be from 1 to 32MiB".to_owned());
+        }
+        Ok(Local {
+            listen,
+            token,
+            allowed_hosts: self.allowed_hosts.unwrap_or_default(),
+            socket_mode: socket_mode.ok_or("local.socket_mode: must be octal, like \"0660\"")?,
+            socket_group: self.socket_group,
+            max_body_bytes: body as usize,
+            max_connections: self.max_connections.map_or(1_024, NonZeroU32::get),
+        })
+    }
+}
+
+/// Files that the config names, as they are read.
+#[derive(Default)]
+struct Files {
+    warnings: Vec<String>,
+}
+
+impl Files {
+    /// A secret, inline or from a file, whose last line end does not count.
+    fn secret(&mut self, key: &str, inline: Option<String>, file: Option<PathBuf>) -> Result<Option<Secret>, String> {
+        match (inline, file) {
+            (Some(_), Some(_)) => Err(format!("{key}: give either {key} or {key}_file")),
+            (Some(text), None) => Ok(Some(Secret::new(text))),
+            (None, Some(path)) => {
+                let path = expand(&path);
+                let text = std::fs::read_to_string(&path)
+                    .map_err(|error| format!("{key}_file: {}: {error}", path.display()))?;
+                self.note_mode(&path);
+                Ok(Some(Secret::new(text.trim_end_matches(['\r', '\n']).to_owned())))
+            }
+            (None, None) => Ok(None),
+        }
+    }
+
+    /// Warns of a file with a secret that everybody can read.
+    fn note_mode(&mut self, path: &Path) {
+        let mode = std::fs::metadata(path).map_or(0, |metadata| metadata.permissions().mode());
+        if mode & 0o007 != 0 {
+            self.warnings.push(format!("{}: others may read it (mode {:o})", path.display(), mode & 0o777));
+        }
+    }
+}
+
+/// Puts systemd's credentials directory in.
+fn expand(path: &Path) -> PathBuf {
+    const VARIABLE: &str = "$CREDENTIALS_DIRECTORY";
+    match (path.strip_prefix(VARIABLE), std::env::var_os("CREDENTIALS_DIRECTORY")) {
+        (Ok(rest), Some(dir)) => Path::new(&dir).join(rest),
+        _ => path.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,142 @@
+use super::*;
+use crate::domain::endpoint::Limits;
+
+fn parse(text: &str) -> Result<Config, String> {
+    Config::parse(text, Path::new("test.toml")).map_err(|error| error.to_string())
+}
+
+#[test]
+fn the_example_shows_every_key_with_its_default() {
+    let example = include_str!("../../config.example.toml");
+    let plain = parse("").unwrap();
+    let shown = parse(example).unwrap();
+    assert_eq!(format!("{plain:?}"), format!("{shown:?}"), "the example as it is");
+    // With what is commented out switched on, it is complete and still right.
+    let all: String = example
+        .lines()
+        .map(|line| line.strip_prefix("#: ").unwrap_or(line))
+        .filter(|line| !line.contains("_file"))
+        .fold(String::new(), |text, line| text + line + "\n");
+    let all = parse(&all).unwrap();
+    assert_eq!(all.endpoints.len(), 3, "two, and the one for surveys");
+    assert_eq!(all.open_api.accounts.len(), 1);
+    for key in KEYS {
+        let (table, name) = key.rsplit_once('.').unwrap_or(("", key));
+        let at = if table.is_empty() { Some(0) } else { example.find(&format!("[{table}]")) };
+        let at = at.unwrap_or_else(|| panic!("no table {table}"));
+        assert!(example[at..].contains(&format!("{name} = ")), "{key} is not in the example");
+    }
+}
+
+const KEYS: [&str; 55] = [
+    "data_dir",
+    "shutdown_timeout",
+    "local.listen",
+    "local.token",
+    "local.token_file",
+    "local.allowed_hosts",
+    "local.socket_mode",
+    "local.socket_group",
+    "local.max_body_bytes",
+    "local.max_connections",
+    "metrics.listen",
+    "metrics.max_endpoints",
+    "outbox.max_events",
+    "outbox.max_event_bytes",
+    "outbox.min_free_disk",
+    "outbox.dedupe_window",
+    "outbox.dedupe_max",
+    "gate.require_h5push",
+    "gate.forget_after",
+    "defaults.max_events",
+    "defaults.rate_per_second",
+    "defaults.burst",
+    "defaults.concurrency",
+    "push.timeout",
+    "push.max_messages",
+    "push.max_bytes",
+    "push.max_age",
+    "push.max_attempts",
+    "push.max_refusals",
+    "push.max_in_flight",
+    "push.allow_http",
+    "push.allow_networks",
+    "backoff.initial",
+    "backoff.multiplier",
+    "backoff.max",
+    "backoff.randomization",
+    "breaker.failures",
+    "dead_letters.keep",
+    "dead_letters.max",
+    "tls.extra_ca_file",
+    "log.level",
+    "log.format",
+    "log.attempts",
+    "endpoints.12.client_cert_file",
+    "endpoints.12.client_key_file",
+    "im_server.survey_url",
+    "open_api.listen",
+    "open_api.tls",
+    "open_api.behind_tls_proxy",
+    "open_api.accounts",
+    "open_api.rate_limit_per_minute",
+    "open_api.timestamp_tolerance",
+    "open_api.max_connections",
+    "endpoints.default.url",
+    "endpoints.12.secret",
+];
+
+#[test]
+fn what_is_wrong_is_said_with_its_place() {
+    let table = [
+        ("[push]\ntimeot = \"1s\"", "line 2, column 1", "timeot"),
+        ("[push]\ntimeout = \"soon\"", "line 2, column 11", "duration"),
+        ("[push]\ntimeout = \"0s\"", "", "push.timeout"),
+        ("[outbox]\nmin_free_disk = \"1 ton\"", "line 2, column 17", "size"),
+        ("[endpoints.0]\nurl = \"http://a/\"", "line 1, column 12", "plugin id"),
+        ("[endpoints.12]\nurl = \"ftp://a/\"", "line 2, column 7", "https://"),
+        ("[endpoints.12]\nurl = \"http://u:p@a/\"", "line 2, column 7", "user name"),
+        ("[endpoints.12]\nurl = \"http://a/#x\"", "line 2, column 7", "fragment"),
+        ("[endpoints.12]\nurl = \"/x\"", "line 2, column 7", "https://"),
+        ("[endpoints.12]\nrate_per_second = 1", "", "url is required"),
+        ("[endpoints.12]\nurl = \"http://a/\"\nrate_per_second = 0", "line 3, column 19", "above 0"),
+        ("[endpoints.12]\nurl = \"http://a/\"\nconcurrency = 0", "line 3, column 15", "nonzero"),
+        ("[endpoints.12]\nurl = \"http://a/\"\nheaders = { Host = \"x\" }", "", "set by the relay"),
+        ("[endpoints.12]\nurl = \"http://a/\"\nsecret = \"abc\"", "", "whsec_"),
+        ("[local]\nlisten = \"0.0.0.0:80\"", "", "token_file"),
+        ("[local]\nlisten = \"localhost\"", "line 2, column 10", "address"),
+        ("[backoff]\nmultiplier = 0.5", "", "at least 1"),
+        ("[push]\nallow_http = false\n[endpoints.1]\nurl = \"http://a/\"", "", "not allowed"),
+        ("nonsense", "line 1", ""),
+    ];
+    for (text, place, problem) in table {
+        let error = parse(text).unwrap_err();
+        assert!(error.starts_with("test.toml: "), "{error}");
+        assert!(error.contains(place) && error.contains(problem), "{text}: {error}");
+    }
+}
+
+#[test]
+fn limits_fall_back_to_the_defaults_and_bursts_to_a_tenth_of_the_rate() {
+    let config = parse(
+        "[defaults]\nrate_per_second = 50\n[endpoints.default]\nurl = \"http://a/\"\n\
+         [endpoints.12]\nurl = \"https://b/\"\nrate_per_second = 0.5\nmax_events = 3",
+    )
+    .unwrap();
+    let limits = |name: &str| config.endpoints[&name.parse().unwrap()].limits;
+    assert_eq!(limits("default"), Limits { rate_per_second: 50.0, burst: 5, concurrency: 32 });
+    assert_eq!(limits("12"), Limits { rate_per_second: 0.5, burst: 1, concurrency: 32 });
+    assert_eq!(config.endpoints[&"12".parse().unwrap()].max_events, 3);
+}
+
+#[test]
+fn secrets_come_from_files_and_are_never_shown() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("token");
+    std::fs::write(&path, "s3cret-planted\n").unwrap();
+    let config = parse(&format!("[local]\ntoken_file = {path:?}")).unwrap();
+    assert_eq!(config.local.token.as_ref().map(Secret::expose), Some("s3cret-planted"));
+    assert!(!format!("{config:?}").contains("planted"));
+    assert!(parse("[local]\ntoken = \"a\"\ntoken_file = \"/nowhere\"").unwrap_err().contains("either"));
+    assert!(parse("[local]\ntoken_file = \"/nowhere\"").unwrap_err().contains("/nowhere"));
+}

@@ -1,0 +1,198 @@
+//! The kinds of values in a config file, each checked where it is read.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use hyper::Uri;
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer};
+
+use crate::domain::endpoint::EndpointName;
+
+/// A text that is never shown.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(String);
+
+impl Secret {
+    pub(super) fn new(text: String) -> Secret {
+        Secret(text)
+    }
+
+    /// The text, for the one who uses it.
+    #[must_use]
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Secret(…)")
+    }
+}
+
+/// Where a listener listens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Listen {
+    /// A TCP address.
+    Tcp(SocketAddr),
+    /// A unix socket.
+    Unix(PathBuf),
+}
+
+/// A push address.
+#[derive(Clone, PartialEq, Eq)]
+pub struct PushUrl(Uri);
+
+impl PushUrl {
+    /// The whole.
+    #[must_use]
+    pub fn uri(&self) -> &Uri {
+        &self.0
+    }
+
+    /// Whether it is `https`.
+    #[must_use]
+    pub fn is_https(&self) -> bool {
+        self.0.scheme() == Some(&hyper::http::uri::Scheme::HTTPS)
+    }
+
+    /// For people and logs: without the query.
+    #[must_use]
+    pub fn shown(&self) -> String {
+        let authority = self.0.authority().map_or("", |authority| authority.as_str());
+        format!("{}://{authority}{}", self.0.scheme_str().unwrap_or(""), self.0.path())
+    }
+}
+
+impl fmt::Debug for PushUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.shown())
+    }
+}
+
+impl FromStr for PushUrl {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<PushUrl, String> {
+        let uri: Uri = text.parse().map_err(|error| format!("not a URL: {error}"))?;
+        if !matches!(uri.scheme_str(), Some("http" | "https")) {
+            return Err("a push address begins with https:// or http://".to_owned());
+        }
+        if text.contains('#') {
+            return Err("a push address has no fragment (`#`)".to_owned());
+        }
+        match uri.authority() {
+            Some(authority) if authority.as_str().contains('@') => {
+                Err("a push address has no user name or password: use `headers`".to_owned())
+            }
+            Some(authority) if !authority.host().is_empty() => Ok(PushUrl(uri)),
+            _ => Err("a push address needs a host".to_owned()),
+        }
+    }
+}
+
+fn from_text<'de, D: Deserializer<'de>, T: FromStr>(deserializer: D) -> Result<T, D::Error>
+where
+    T::Err: fmt::Display,
+{
+    String::deserialize(deserializer)?.parse().map_err(D::Error::custom)
+}
+
+impl<'de> Deserialize<'de> for PushUrl {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        from_text(deserializer)
+    }
+}
+
+impl FromStr for Listen {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Listen, String> {
+        match text.strip_prefix("unix:") {
+            Some(path) if path.starts_with('/') => Ok(Listen::Unix(path.into())),
+            Some(_) => Err("the path of a unix socket begins with /".to_owned()),
+            None => {
+                let address = text.parse();
+                address.map(Listen::Tcp).map_err(|_| "not an address: 127.0.0.1:8460, [::1]:8460 or unix:/path".into())
+            }
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Listen {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        from_text(deserializer)
+    }
+}
+
+impl fmt::Display for Listen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Listen::Tcp(address) => write!(f, "{address}"),
+            Listen::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+/// A duration as `"10s"`, `"15m"`, `"24h"`, `"180days"`.
+#[derive(Clone, Copy)]
+pub(super) struct Time(pub Duration);
+
+impl<'de> Deserialize<'de> for Time {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        let time = humantime::parse_duration(&text)
+            .map_err(|error| D::Error::custom(format!("not a duration like \"10s\" or \"24h\": {error}")))?;
+        Ok(Time(time))
+    }
+}
+
+/// A size as `"256KiB"` or a number of bytes.
+#[derive(Clone, Copy)]
+pub(super) struct Size(pub u64);
+
+impl<'de> Deserialize<'de> for Size {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Written {
+            Bytes(u64),
+            Text(String),
+        }
+        match Written::deserialize(deserializer)? {
+            Written::Bytes(bytes) => Ok(Size(bytes)),
+            Written::Text(text) => text
+                .parse::<bytesize::ByteSize>()
+                .map(|size| Size(size.as_u64()))
+                .map_err(|_| D::Error::custom("not a size like \"256KiB\" or a number of bytes")),
+        }
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct EndpointKey(pub EndpointName);
+
+impl<'de> Deserialize<'de> for EndpointKey {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        from_text::<D, EndpointName>(deserializer).map(EndpointKey)
+    }
+}
+
+/// Rates and other factors: a finite number above 0.
+#[derive(Clone, Copy)]
+pub(super) struct Positive(pub f64);
+
+impl<'de> Deserialize<'de> for Positive {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let number = f64::deserialize(deserializer)?;
+        if number.is_finite() && number > 0.0 {
+            Ok(Positive(number))
+        } else {
+            Err(D::Error::custom("must be a number above 0"))
+        }
+    }
+}
