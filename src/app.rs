@@ -1,24 +1,27 @@
 //! Wiring, start and stop: the only file that sees everything.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
-use crate::api::{self, Api, Bound, Callers};
+use crate::api::{self, Api, Bound, Callers, Inherited, Reload};
 use crate::clock;
-use crate::config::{Config, Endpoints};
+use crate::config::{Config, ConfigError, Endpoints};
 use crate::domain::push::PushBounds;
 use crate::domain::retry::Delays;
 use crate::domain::schedule::{self, Schedule};
+use crate::log;
 use crate::metrics::Metrics;
 use crate::relay::{self, Command, Deliverer, NOTICES_MAX, Relay, max_in_flight};
 use crate::store::{self, Store, Threads};
 
+/// How long the relay's task may take to go round.
+const PING_LIMIT: Duration = Duration::from_secs(5);
 /// Longest time between checkpoints.
 const CHECKPOINT_EVERY: Duration = Duration::from_secs(5);
 
@@ -72,9 +75,13 @@ impl App {
             tracing::warn!("{warning}");
         }
         // Bound before the store is opened: a wrong address is said at once. What comes early waits in the kernel.
-        let local = api::bind_local(&config.local)?;
-        let scrape = api::bind_tcp_at(config.metrics_listen)?;
-        let open_api = config.open_api.listen.map(api::bind_tcp_at).transpose()?;
+        let mut inherited = Inherited::take()?;
+        let local = inherited.of("local").map_or_else(|| api::bind_local(&config.local), Ok)?;
+        let scrape = inherited.of("metrics").map_or_else(|| api::bind_tcp_at(config.metrics_listen), Ok)?;
+        let open_api = match config.open_api.listen {
+            Some(address) => Some(inherited.of("open_api").map_or_else(|| api::bind_tcp_at(address), Ok)?),
+            None => None,
+        };
         let (local_address, metrics_address) = (local.address(), scrape.address());
         let open_api_address = open_api.as_ref().and_then(Bound::address);
         let config = Arc::new(config);
@@ -90,6 +97,9 @@ impl App {
                 for endpoint in file.effective(&api::entries(settings)).values().flatten() {
                     schedule.put_endpoint(endpoint.name, endpoint.limits, 0);
                 }
+                for (name, pauses) in api::pauses(settings) {
+                    schedule.set_pauses(name, pauses, 0);
+                }
             };
             let opened = Store::open(settings, store_metrics, &mut schedule, prepare, tell);
             (opened, schedule, begun.elapsed())
@@ -100,18 +110,14 @@ impl App {
         };
         let (store, threads) = opened?;
         tracing::info!(events = schedule.events(), lanes = schedule.lanes(), ?took, "the store is open");
-        let relay_settings = relay::Settings {
-            timeout: config.timeout,
-            bounds: PushBounds { messages_max: config.max_messages, bytes_max: config.max_bytes },
-            logs_attempts: config.log_attempts,
-        };
         let endpoints = config.effective(&api::entries(&store.settings()));
         for endpoint in endpoints.values().flatten() {
             tracing::info!(endpoint = %endpoint.name, url = endpoint.url.shown(), "endpoint");
         }
         let rule = Arc::new(config.url_rule.clone());
         let configured = (&endpoints, &rule);
-        let relay = Relay::new(schedule, store.clone(), deliverer, configured, relay_settings, metrics.clone());
+        let relay =
+            Relay::new(schedule, store.clone(), deliverer, configured, relay_settings(&config), metrics.clone());
         let (commands, asked) = mpsc::channel(relay::COMMANDS_MAX);
         let relay = tokio::spawn(relay.run(notices, asked));
         let api = Arc::new(new_api(&config, endpoints, store.clone(), metrics, commands.clone()));
@@ -140,6 +146,65 @@ impl App {
             metrics_address,
             open_api_address,
         })
+    }
+
+    /// Goes by another config from now on, as far as that needs no restart: all of it, or nothing.
+    ///
+    /// # Errors
+    /// Why everything is as it was.
+    pub async fn reload(&self, read: Result<Config, ConfigError>) -> Result<(), String> {
+        let result = match read {
+            Ok(config) => self.take_over(config).await,
+            Err(error) => Err(error.to_string()),
+        };
+        let (needs_restart, error) = match &result {
+            Ok(needs_restart) => (needs_restart.clone(), None),
+            Err(error) => (Vec::new(), Some(error.clone())),
+        };
+        self.api.metrics.reloaded(error.is_none());
+        let at_ms = Some(clock::wall_ms());
+        let reload = Reload { at_ms, error, needs_restart };
+        *self.api.reload.lock().unwrap_or_else(PoisonError::into_inner) = reload;
+        match result {
+            Ok(needs_restart) => {
+                if !needs_restart.is_empty() {
+                    tracing::warn!(keys = needs_restart.join(" "), "changed, and in effect only after a restart");
+                }
+                tracing::info!("the config was read anew");
+                Ok(())
+            }
+            Err(error) => {
+                tracing::error!(error, "the config stays as it was");
+                Err(error)
+            }
+        }
+    }
+
+    async fn take_over(&self, config: Config) -> Result<Vec<&'static str>, String> {
+        let deliverer = Deliverer::new(config.extra_ca_file.as_deref()).map_err(|error| error.to_string())?;
+        for warning in &config.warnings {
+            tracing::warn!("{warning}");
+        }
+        let changed = config.needs_restart(&self.api.config.load());
+        let config = Arc::new(config);
+        let reloaded = (deliverer, relay_settings(&config), schedule_settings(&config));
+        self.store.set_rules(rules(&config));
+        log::set_level(&config.log_level);
+        self.api.reconfigure(config, reloaded).await.map(|()| changed)
+    }
+
+    /// Whether the relay's task goes round.
+    pub async fn is_alive(&self) -> bool {
+        let (reply, answer) = oneshot::channel();
+        let asked = self.commands.send(Command::Ping(reply));
+        let answered = async { asked.await.is_ok() && answer.await.is_ok() };
+        tokio::time::timeout(PING_LIMIT, answered).await == Ok(true)
+    }
+
+    /// A line on how it is, for systemd.
+    #[must_use]
+    pub fn summary(&self) -> String {
+        format!("{} events wait", self.store.waiting())
     }
 
     /// Stops: listeners first, then attempts, then the store. What is accepted is kept.
@@ -187,9 +252,20 @@ fn new_api(
         config: ArcSwap::new(Arc::clone(config)),
         endpoints: ArcSwap::from_pointee(endpoints),
         changes: tokio::sync::Mutex::default(),
+        replaying: tokio::sync::Mutex::default(),
+        reload: Mutex::default(),
+        begun: clock::now(),
         callers: Callers::default(),
         bodies: Arc::new(Semaphore::new(api::BODIES_KIB)),
         is_up: AtomicBool::new(false),
+    }
+}
+
+fn relay_settings(config: &Config) -> relay::Settings {
+    relay::Settings {
+        timeout: config.timeout,
+        bounds: PushBounds { messages_max: config.max_messages, bytes_max: config.max_bytes },
+        logs_attempts: config.log_attempts,
     }
 }
 
@@ -211,14 +287,18 @@ fn store_settings(config: &Config) -> store::Settings {
         segment_bytes: store::SEGMENT_BYTES,
         free_min: config.min_free_disk,
         checkpoint_every: CHECKPOINT_EVERY,
-        rules: store::Rules {
-            events_max: config.max_events,
-            dedupe_window_s: config.dedupe_window.as_secs(),
-            dedupe_max: config.dedupe_max,
-            require_h5push: config.require_h5push,
-            forget_after_s: config.forget_after.as_secs(),
-        },
+        rules: rules(config),
         dead_keep_s: config.dead_keep.as_secs(),
         dead_max: config.dead_max,
+    }
+}
+
+fn rules(config: &Config) -> store::Rules {
+    store::Rules {
+        events_max: config.max_events,
+        dedupe_window_s: config.dedupe_window.as_secs(),
+        dedupe_max: config.dedupe_max,
+        require_h5push: config.require_h5push,
+        forget_after_s: config.forget_after.as_secs(),
     }
 }

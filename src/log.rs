@@ -2,22 +2,37 @@
 //! for every event; never a message's content, a secret, or a URL with its query.
 
 use std::io::{self, IsTerminal as _};
+use std::sync::OnceLock;
 
 use tracing_subscriber::Registry;
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::{Layer, SubscriberExt as _};
+use tracing_subscriber::reload;
 use tracing_subscriber::util::SubscriberInitExt as _;
 
 use crate::config::LogFormat;
 
 type Boxed = Box<dyn Layer<Registry> + Send + Sync>;
 
+static LEVEL: OnceLock<reload::Handle<Targets, Registry>> = OnceLock::new();
+
+/// Changes the level of a running log.
+pub fn set_level(level: &str) {
+    if let Some(handle) = LEVEL.get()
+        && let Err(error) = handle.reload(targets(level))
+    {
+        tracing::warn!(%error, "the log level stays as it was");
+    }
+}
+
+fn targets(level: &str) -> Targets {
+    // Checked when the config was read. sled speaks of its own matters.
+    level.parse::<Targets>().unwrap_or_default().with_target("sled", tracing::Level::ERROR)
+}
+
 /// Starts logging, once.
 pub fn start(level: &str, format: LogFormat) {
-    // Checked when the config was read.
-    let targets: Targets = level.parse().unwrap_or_default();
-    // sled speaks of its own matters.
-    let targets = targets.with_target("sled", tracing::Level::ERROR);
+    let (filter, handle) = reload::Layer::new(targets(level));
     let lines: Boxed = match chosen(format) {
         LogFormat::Journald => match tracing_journald::layer() {
             Ok(layer) => layer.boxed(),
@@ -28,9 +43,9 @@ pub fn start(level: &str, format: LogFormat) {
             tracing_subscriber::fmt::layer().with_writer(io::stderr).with_ansi(io::stderr().is_terminal()).boxed()
         }
     };
-    let started = tracing_subscriber::registry().with(lines.with_filter(targets)).try_init();
-    if started.is_err() {
-        tracing::debug!("logging was started before");
+    match tracing_subscriber::registry().with(lines.with_filter(filter)).try_init() {
+        Ok(()) => drop(LEVEL.set(handle)),
+        Err(_) => tracing::debug!("logging was started before"),
     }
 }
 

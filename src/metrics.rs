@@ -76,6 +76,13 @@ impl EndpointMetrics {
         }
     }
 
+    /// Attempts that did not succeed.
+    #[must_use]
+    pub fn failed_attempts(&self) -> u64 {
+        let ok = AttemptResult::Ok.as_str();
+        self.attempts.iter().filter(|(result, _)| **result != ok).map(|(_, counter)| counter.get()).sum()
+    }
+
     /// Counts dead letters.
     pub fn died(&self, reason: DeathReason, count: u64) {
         if let Some(counter) = self.dead_letters.get(reason.as_str()) {
@@ -137,8 +144,18 @@ pub struct EndpointNow {
     pub in_flight: u32,
     /// Whether it is up.
     pub is_up: bool,
+    /// The contract's word for how it is.
+    pub state: &'static str,
     /// Dead letters that are kept.
     pub dead_letters: u64,
+}
+
+impl EndpointNow {
+    /// An endpoint for which nothing waits and nothing is in flight.
+    #[must_use]
+    pub fn idle(name: EndpointName, dead_letters: u64) -> EndpointNow {
+        EndpointNow { name, events: 0, oldest_age_seconds: 0.0, in_flight: 0, is_up: true, state: "up", dead_letters }
+    }
 }
 
 /// What is read when it is scraped.

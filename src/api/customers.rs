@@ -3,8 +3,8 @@
 use hyper::{Method, StatusCode};
 use serde::{Deserialize, Serialize};
 
-use super::Api;
 use super::answer::{self, Answer, ApiError, Code, error};
+use super::{Api, dead_letters};
 use crate::clock;
 use crate::domain::customer::{Customer, Hearing, TOKEN_BYTES_MAX, Toggle};
 use crate::domain::endpoint::Plugin;
@@ -80,15 +80,17 @@ pub(super) async fn get_or_delete(api: &Api, method: &Method, query: &str) -> Re
     let now_s = clock::wall_ms() / 1_000;
     if method == Method::DELETE {
         let (forgotten, withdrawn) = api.store.forget(plugin, &web_token, now_s).await?;
-        if forgotten == 0 {
+        let dead_letters = dead_letters::forget(api, plugin, &web_token).await?;
+        if forgotten == 0 && dead_letters == 0 {
             return Err(not_found());
         }
         #[derive(Serialize)]
         struct Forgotten {
             forgotten: u64,
             withdrawn: u64,
+            dead_letters: u64,
         }
-        return Ok(answer::json(StatusCode::OK, &Forgotten { forgotten, withdrawn }));
+        return Ok(answer::json(StatusCode::OK, &Forgotten { forgotten, withdrawn, dead_letters }));
     }
     let customer = api.store.customer(plugin.unwrap_or_default(), &web_token, now_s)?;
     show(api, &customer.ok_or_else(not_found)?).await

@@ -10,7 +10,11 @@ use super::Api;
 use super::answer::{self, Answer, ApiError, Code, error};
 use crate::config::{Config, Endpoint, Endpoints, Entry, Source};
 use crate::domain::endpoint::EndpointName;
-use crate::relay::Command;
+use crate::domain::schedule;
+use crate::relay::{self, Command, Configure, Deliverer};
+
+/// What a reload brings beside the config: certificates read anew, and rules of the relay and its schedule.
+pub type Reloaded = (Deliverer, relay::Settings, schedule::Settings);
 
 /// Settings of the store that are endpoints begin with this.
 const PREFIX: &str = "endpoint/";
@@ -101,7 +105,7 @@ pub(super) async fn put(api: &Api, name: EndpointName, body: &[u8]) -> Result<An
         let text = entry.and_then(|entry| entry.to_text());
         let text = text.map_err(|problem| error(Code::InvalidRequest, problem))?;
         api.store.set(&format!("{PREFIX}{name}"), Some(text)).await?;
-        api.apply(config).await?;
+        api.apply(config, None).await?;
     }
     tracing::info!(endpoint = %name, "endpoint set by a call");
     show(api, name).await
@@ -119,7 +123,7 @@ pub(super) async fn delete(api: &Api, name: EndpointName) -> Result<Answer, ApiE
         return Err(error(Code::NotFound, message));
     }
     api.store.set(&key, None).await?;
-    api.apply(api.config.load_full()).await?;
+    api.apply(api.config.load_full(), None).await?;
     tracing::info!(endpoint = %name, "endpoint deleted by a call");
     Ok(answer::json(StatusCode::OK, &Deleted { deleted: true }))
 }
@@ -138,11 +142,20 @@ fn state(states: &BTreeMap<EndpointName, &'static str>, name: EndpointName) -> &
 }
 
 impl Api {
+    /// Goes by another config from now on.
+    ///
+    /// # Errors
+    /// The relay does not answer.
+    pub async fn reconfigure(&self, config: Arc<Config>, reloaded: Reloaded) -> Result<(), String> {
+        let _changing = self.changes.lock().await;
+        self.apply(config, Some(reloaded)).await.map_err(|error| error.message)
+    }
+
     /// Makes a config, and the endpoints that come of it, the ones of now. `changes` is held.
     ///
     /// # Errors
     /// The relay does not answer: it may or may not go by the new ones.
-    pub(super) async fn apply(&self, config: Arc<Config>) -> Result<(), ApiError> {
+    pub(super) async fn apply(&self, config: Arc<Config>, reloaded: Option<Reloaded>) -> Result<(), ApiError> {
         let new = Arc::new(config.effective(&entries(&self.store.settings())));
         // First what goes, so that nothing is accepted for it any more; then the relay; then what is new, so that
         // nothing is accepted for it before the relay knows it.
@@ -158,7 +171,8 @@ impl Api {
         self.endpoints.store(Arc::new(both));
         let rule = Arc::new(config.url_rule.clone());
         let endpoints = Arc::clone(&new);
-        let configured = self.ask(|reply| Command::Configure { endpoints, rule, reply }).await;
+        let configure = |reply| Command::Configure(Box::new(Configure { endpoints, rule, reloaded, reply }));
+        let configured = self.ask(configure).await;
         self.config.store(config);
         self.endpoints.store(new);
         configured.ok_or_else(answer::busy)

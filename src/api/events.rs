@@ -6,13 +6,14 @@ use hyper::StatusCode;
 use serde::Serialize;
 use serde_json::value::RawValue;
 
-use super::Api;
 use super::answer::{self, Answer, ApiError, Code, ErrorBody, error};
+use super::{Api, query};
 use crate::clock;
+use crate::domain::endpoint::Plugin;
 use crate::domain::event::{Event, JSON_SPACE};
 use crate::domain::gate::Suppressed;
 use crate::metrics::EventOutcome;
-use crate::store::{Accepted, Post, Posted, encode_event};
+use crate::store::{Accepted, Ending, Post, Posted, encode_event};
 
 /// Most events of a request.
 const EVENTS_MAX: usize = 1_000;
@@ -92,6 +93,50 @@ pub(super) async fn post(api: &Api, form: Form, body: &[u8]) -> Result<Answer, A
     let full = full();
     let results = ids.zip(&verdicts).map(|(id, verdict)| outcome(id, verdict, &full)).collect();
     Ok(answer::json(StatusCode::ACCEPTED, &Results { results }))
+}
+
+/// `GET /v1/events/{event_id}`: was it pushed, and when.
+pub(super) async fn show(api: &Api, named: &str, query: &str) -> Result<Answer, ApiError> {
+    #[derive(Serialize)]
+    struct Shown<'a> {
+        event_id: &'a str,
+        state: &'static str,
+        accepted_at: String,
+        settled_at: Option<String>,
+    }
+    let event_id = query::decoded(named)?;
+    let plugin = form_urlencoded::parse(query.as_bytes()).find(|(name, _)| name == "im_web_plugin_id");
+    let plugin = plugin.filter(|(_, value)| !value.is_empty()).map_or(Some(Plugin::NONE), |(_, value)| {
+        let is_number = value.bytes().all(|byte| byte.is_ascii_digit());
+        value.parse().ok().filter(|_| is_number).and_then(Plugin::new)
+    });
+    let plugin = plugin.ok_or_else(|| error(Code::InvalidRequest, "im_web_plugin_id: must be a number"))?;
+    let given = api.store.hashing().given_event(plugin, &event_id);
+    // An id that was derived says its own key.
+    let derived = event_id.strip_prefix("mid_").and_then(|hex| u128::from_str_radix(hex, 16).ok());
+    let store = api.store.clone();
+    let now_s = clock::wall_ms() / 1_000;
+    let look_up = move || match store.fate(given, now_s) {
+        Ok(None) => derived.map_or(Ok(None), |derived| store.fate(derived, now_s)),
+        found => found,
+    };
+    let fate = tokio::task::spawn_blocking(look_up).await.map_err(|_| answer::busy())??;
+    let fate = fate.ok_or_else(|| {
+        error(Code::NotFound, "event_id: not accepted, or longer ago than outbox.dedupe_window or dedupe_max reach")
+    })?;
+    let state = match fate.ended.map(|(ending, _)| ending) {
+        None => "queued",
+        Some(Ending::Delivered) => "delivered",
+        Some(Ending::Buried) => "dead_letter",
+        Some(Ending::Withdrawn) => "withdrawn",
+    };
+    let shown = Shown {
+        event_id: &event_id,
+        state,
+        accepted_at: query::rfc3339(fate.accepted_s * 1_000),
+        settled_at: fate.ended.map(|(_, second)| query::rfc3339(second * 1_000)),
+    };
+    Ok(answer::json(StatusCode::OK, &shown))
 }
 
 async fn store(api: &Api, posts: Vec<Post<'_>>, now_ms: u64, count: u64) -> Result<Vec<Posted>, ApiError> {

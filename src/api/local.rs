@@ -14,8 +14,9 @@ use tokio::sync::OwnedSemaphorePermit;
 
 use super::answer::{Answer, ApiError, Code, error};
 use super::events::Form;
+use super::query::Query;
 use super::udesk::{self, BodyForm};
-use super::{Api, customers, endpoints, events, h5push, metrics, survey};
+use super::{Api, customers, dead_letters, endpoints, events, h5push, metrics, operate, page, survey};
 use crate::config::Secret;
 
 /// How long a body may take, whole.
@@ -30,54 +31,83 @@ pub(super) const SURVEY: &str = "/open_api_v1/im/sessions/survey";
 /// A route, as counted in metrics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Route {
+    Page,
+    OpenApiDocument,
     Events,
+    Event,
     Customers,
     Endpoints,
     Endpoint,
+    EndpointAction,
+    Status,
+    Lanes,
+    BuryLanes,
+    DeadLetters,
+    DeadLetter,
+    Replay,
     H5push,
     Survey,
     Healthz,
     Readyz,
 }
 
+/// Every route with its path, what a path names in braces, and its methods.
+const ROUTES: [(Route, &str, &str); 18] = [
+    (Route::Page, "/", "GET, HEAD"),
+    (Route::OpenApiDocument, "/openapi.json", "GET, HEAD"),
+    (Route::Events, "/v1/events", "POST"),
+    (Route::Event, "/v1/events/{event_id}", "GET, HEAD"),
+    (Route::Customers, "/v1/customers", "GET, HEAD, PUT, DELETE"),
+    (Route::Endpoints, "/v1/endpoints", "GET, HEAD"),
+    (Route::Endpoint, "/v1/endpoints/{name}", "GET, HEAD, PUT, DELETE"),
+    (Route::EndpointAction, "/v1/endpoints/{name}/{action}", "POST"),
+    (Route::Status, "/v1/status", "GET, HEAD"),
+    (Route::Lanes, "/v1/lanes", "GET, HEAD"),
+    (Route::BuryLanes, "/v1/lanes/bury", "POST"),
+    (Route::DeadLetters, "/v1/dead-letters", "GET, HEAD, DELETE"),
+    (Route::Replay, "/v1/dead-letters/replay", "POST"),
+    (Route::DeadLetter, "/v1/dead-letters/{id}", "GET, HEAD"),
+    (Route::H5push, H5PUSH, "POST"),
+    (Route::Survey, SURVEY, "POST"),
+    (Route::Healthz, "/healthz", "GET, HEAD"),
+    (Route::Readyz, "/readyz", "GET, HEAD"),
+];
+
 impl Route {
-    /// The route of a path, and what it names.
+    /// The route of a path, and what the path names.
     fn of(path: &str) -> Option<(Route, &str)> {
-        let route = match path {
-            "/v1/events" => Route::Events,
-            "/v1/customers" => Route::Customers,
-            "/v1/endpoints" => Route::Endpoints,
-            H5PUSH => Route::H5push,
-            SURVEY => Route::Survey,
-            "/healthz" => Route::Healthz,
-            "/readyz" => Route::Readyz,
-            _ => {
-                let name = path.strip_prefix("/v1/endpoints/").filter(|name| !name.contains('/'))?;
-                return Some((Route::Endpoint, name));
-            }
-        };
-        Some((route, ""))
+        if let Some((route, ..)) = ROUTES.iter().find(|(_, known, _)| *known == path) {
+            return Some((*route, ""));
+        }
+        if let Some(id) = path.strip_prefix("/v1/events/") {
+            return Some((Route::Event, id));
+        }
+        if let Some(id) = path.strip_prefix("/v1/dead-letters/") {
+            return Some((Route::DeadLetter, id));
+        }
+        let rest = path.strip_prefix("/v1/endpoints/")?;
+        match rest.matches('/').count() {
+            0 => Some((Route::Endpoint, rest)),
+            1 => Some((Route::EndpointAction, rest)),
+            _ => None,
+        }
+    }
+
+    fn row(self) -> (&'static str, &'static str) {
+        ROUTES.iter().find(|(route, ..)| *route == self).map_or(("other", ""), |(_, path, methods)| (*path, *methods))
     }
 
     fn path(self) -> &'static str {
-        match self {
-            Route::Events => "/v1/events",
-            Route::Customers => "/v1/customers",
-            Route::Endpoints => "/v1/endpoints",
-            Route::Endpoint => "/v1/endpoints/{name}",
-            Route::H5push => H5PUSH,
-            Route::Survey => SURVEY,
-            Route::Healthz => "/healthz",
-            Route::Readyz => "/readyz",
-        }
+        self.row().0
     }
 
     fn methods(self) -> &'static str {
-        match self {
-            Route::Events | Route::H5push | Route::Survey => "POST",
-            Route::Customers | Route::Endpoint => "GET, HEAD, PUT, DELETE",
-            Route::Endpoints | Route::Healthz | Route::Readyz => "GET, HEAD",
-        }
+        self.row().1
+    }
+
+    /// Whether it answers also those who do not know the token.
+    fn is_open(self) -> bool {
+        matches!(self, Route::Healthz | Route::Page)
     }
 }
 
@@ -104,7 +134,7 @@ async fn handle(
     if is_tcp {
         check_browser(request.headers(), request.uri(), &config.local.allowed_hosts)?;
     }
-    if !matches!(route, Some((Route::Healthz, _))) {
+    if !route.is_some_and(|(route, _)| route.is_open()) {
         check_token(config.local.token.as_ref(), request.headers())?;
     }
     let (route, named) = route.ok_or_else(|| error(Code::NotFound, "path: nothing is here"))?;
@@ -116,8 +146,28 @@ async fn handle(
     let query = request.uri().query().unwrap_or("").to_owned();
     let bytes_max = config.local.max_body_bytes;
     match route {
+        Route::Page => Ok(page::answer()),
+        Route::OpenApiDocument => Ok(page::open_api_document()),
         Route::Healthz => Ok(metrics::healthz()),
         Route::Readyz => Ok(metrics::readyz(api)),
+        Route::Status => operate::status(api).await,
+        Route::Lanes => operate::lanes(api, &Query::read(&query)?).await,
+        Route::BuryLanes => {
+            let body = json_body(api, request, bytes_max).await?;
+            operate::bury(api, &body.bytes).await
+        }
+        Route::DeadLetters if method == Method::DELETE => {
+            let body = json_body(api, request, bytes_max).await?;
+            dead_letters::purge(api, &body.bytes).await
+        }
+        Route::DeadLetters => dead_letters::list(api, &Query::read(&query)?).await,
+        Route::DeadLetter => dead_letters::show(api, named).await,
+        Route::Replay => {
+            let body = json_body(api, request, bytes_max).await?;
+            dead_letters::replay(api, &body.bytes).await
+        }
+        Route::EndpointAction => operate::act(api, named).await,
+        Route::Event => events::show(api, named, &query).await,
         Route::Events => {
             let form = match content_type(request.headers())?.as_deref() {
                 Some("application/json") => Form::Json,

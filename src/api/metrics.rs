@@ -16,7 +16,7 @@ pub(super) async fn answer(api: &Api, method: &Method, path: &str) -> Answer {
     match path {
         "/healthz" => healthz(),
         "/readyz" => readyz(api),
-        _ => match api.now().await.map(|now| api.metrics.expose(&now)) {
+        _ => match api.now().await.map(|(now, _)| api.metrics.expose(&now)) {
             Some(Ok(text)) => answer::with_type(StatusCode::OK, CONTENT_TYPE, text),
             Some(Err(_)) | None => answer::text(StatusCode::SERVICE_UNAVAILABLE, "the relay does not answer\n"),
         },

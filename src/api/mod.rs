@@ -2,28 +2,33 @@
 
 mod answer;
 mod customers;
+mod dead_letters;
 mod endpoints;
 mod events;
 mod h5push;
 mod local;
 mod metrics;
 mod open_api;
+mod operate;
+mod page;
+mod query;
 mod server;
 mod survey;
 mod udesk;
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
-pub use self::endpoints::entries;
+pub use self::endpoints::{Reloaded, entries};
 pub use self::open_api::Callers;
+pub use self::operate::pauses;
 pub use self::server::{
-    Bound, ListenError, Shutdown, bind_local, bind_tcp_at, serve_local, serve_metrics, serve_open_api,
+    Bound, Inherited, ListenError, Shutdown, bind_local, bind_tcp_at, serve_local, serve_metrics, serve_open_api,
 };
 use crate::clock;
 use crate::config::{Config, Endpoints};
@@ -38,6 +43,17 @@ use crate::store::Store;
 pub const BODIES_KIB: usize = 48 << 10;
 /// How long the relay may take to answer a question.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
+
+/// What the last reload of the config came to.
+#[derive(Clone, Debug, Default)]
+pub struct Reload {
+    /// When, Unix milliseconds; `None`: there was none.
+    pub at_ms: Option<u64>,
+    /// Why the config of before is still in effect.
+    pub error: Option<String>,
+    /// Keys that changed and need a restart.
+    pub needs_restart: Vec<&'static str>,
+}
 
 /// What every request can use.
 #[derive(Debug)]
@@ -54,6 +70,12 @@ pub struct Api {
     pub endpoints: ArcSwap<Endpoints>,
     /// Held while config or endpoints change.
     pub changes: tokio::sync::Mutex<()>,
+    /// Held while dead letters are replayed, so that those of a lane stay in order.
+    pub replaying: tokio::sync::Mutex<()>,
+    /// What the last reload of the config came to.
+    pub reload: Mutex<Reload>,
+    /// When this began.
+    pub begun: Instant,
     /// Who has called over the network, and how often.
     pub callers: Callers,
     /// Memory for bodies that are being read or judged, in KiB: what does not fit waits its turn.
@@ -77,9 +99,17 @@ impl Api {
     }
 
     async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Option<T> {
+        self.ask_patiently(command, ANSWER_LIMIT).await
+    }
+
+    async fn ask_patiently<T>(
+        &self,
+        command: impl FnOnce(oneshot::Sender<T>) -> Command,
+        patience: Duration,
+    ) -> Option<T> {
         let (reply, answer) = oneshot::channel();
         self.relay.send(command(reply)).await.ok()?;
-        tokio::time::timeout(ANSWER_LIMIT, answer).await.ok()?.ok()
+        tokio::time::timeout(patience, answer).await.ok()?.ok()
     }
 
     async fn waiting(&self, plugin: Plugin, web_token: &str) -> Option<u64> {
@@ -87,8 +117,8 @@ impl Api {
         self.ask(|reply| Command::Waiting { plugin, web_token, reply }).await
     }
 
-    /// How everything stands, for a scrape; `None` when the relay does not answer.
-    async fn now(&self) -> Option<Now> {
+    /// How everything stands, and what endpoints failed with last; `None` when the relay does not answer.
+    async fn now(&self) -> Option<(Now, operate::LastErrors)> {
         let view: View = self.ask(Command::View).await?;
         let store = self.store.clone();
         let (store_bytes, dead) =
@@ -106,24 +136,24 @@ impl Api {
                     .map_or(0.0, |oldest| now_s.saturating_sub(u64::from(oldest)) as f64),
                 in_flight: endpoint.in_flight,
                 is_up: endpoint.is_up,
+                state: endpoint.state(),
                 dead_letters: dead.get(&endpoint.name).copied().unwrap_or(0),
             })
             .collect();
         for (name, dead_letters) in dead {
             if dead_letters > 0 && !endpoints.iter().any(|endpoint| endpoint.name == name) {
-                let gone =
-                    EndpointNow { name, events: 0, oldest_age_seconds: 0.0, in_flight: 0, is_up: true, dead_letters };
-                endpoints.push(gone);
+                endpoints.push(EndpointNow::idle(name, dead_letters));
             }
         }
-        Some(Now {
+        let now = Now {
             endpoints,
             outbox_bytes: view.outbox_bytes,
             capacity_events: self.config.load().max_events,
             free_bytes: self.store.free_bytes(),
             free_floor_bytes: self.config.load().min_free_disk,
             store_bytes,
-        })
+        };
+        Some((now, view.last_errors))
     }
 
     /// Whether it accepts: listeners up, store open, disk above the floor.

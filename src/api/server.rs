@@ -54,8 +54,47 @@ pub struct ListenError {
 pub enum Bound {
     /// TCP.
     Tcp(TcpListener),
-    /// A unix socket and where it is.
-    Unix(UnixListener, PathBuf),
+    /// A unix socket, and where it is if it is ours to remove.
+    Unix(UnixListener, Option<PathBuf>),
+}
+
+/// The sockets that systemd hands over, by the name of the table that they are for.
+#[derive(Debug, Default)]
+pub struct Inherited(Vec<(String, Bound)>);
+
+impl Inherited {
+    /// Takes them over. Call it once.
+    ///
+    /// # Errors
+    /// One of them is no listening socket.
+    pub fn take() -> Result<Inherited, ListenError> {
+        let names = std::env::var("LISTEN_FDNAMES").unwrap_or_default();
+        let mut sockets = listenfd::ListenFd::from_env();
+        let error = |error| ListenError { listen: "a socket of systemd's".to_owned(), error };
+        let mut all = Vec::new();
+        for (at, name) in names.split(':').enumerate().take(sockets.len()) {
+            let bound = match sockets.take_tcp_listener(at) {
+                Ok(Some(listener)) => {
+                    listener.set_nonblocking(true).map_err(error)?;
+                    Bound::Tcp(TcpListener::from_std(listener).map_err(error)?)
+                }
+                _ => {
+                    let listener = sockets.take_unix_listener(at).map_err(error)?;
+                    let Some(listener) = listener else { continue };
+                    listener.set_nonblocking(true).map_err(error)?;
+                    Bound::Unix(UnixListener::from_std(listener).map_err(error)?, None)
+                }
+            };
+            all.push((name.to_owned(), bound));
+        }
+        Ok(Inherited(all))
+    }
+
+    /// The socket for a table, if there is one.
+    pub fn of(&mut self, table: &str) -> Option<Bound> {
+        let at = self.0.iter().position(|(name, _)| name == table)?;
+        Some(self.0.swap_remove(at).1)
+    }
 }
 
 impl Bound {
@@ -110,7 +149,7 @@ fn bind_unix(path: &Path, local: &Local) -> io::Result<Bound> {
         let id = group_id(group)?;
         std::os::unix::fs::chown(path, None, Some(id))?;
     }
-    Ok(Bound::Unix(listener, path.to_owned()))
+    Ok(Bound::Unix(listener, Some(path.to_owned())))
 }
 
 /// The number of a group: given as one, or by name in /etc/group.
@@ -200,7 +239,7 @@ where
         }
         while open.try_join_next().is_some() {}
     }
-    if let Bound::Unix(_, path) = &bound {
+    if let Bound::Unix(_, Some(path)) = &bound {
         // The next start binds it anew.
         drop(std::fs::remove_file(path));
     }

@@ -67,9 +67,11 @@ pub fn run() -> ExitCode {
         std::process::abort();
     }));
     let result = match arguments.command {
-        None => read_config(arguments.config, arguments.data_dir).and_then(daemon::run),
+        None => read_config(&arguments)
+            .map_err(anyhow::Error::from)
+            .and_then(|config| daemon::run(config, || read_config(&arguments))),
         Some(Call::CheckConfig) => {
-            read_config(arguments.config, arguments.data_dir).and_then(|config| check::print(&config))
+            read_config(&arguments).map_err(anyhow::Error::from).and_then(|config| check::print(&config))
         }
         Some(Call::Demo) => demo::run(),
         Some(Call::Receiver { listen, secret, fail }) => receiver::run(listen, secret.as_deref(), fail),
@@ -86,10 +88,10 @@ pub fn run() -> ExitCode {
     }
 }
 
-fn read_config(path: PathBuf, data_dir: Option<PathBuf>) -> anyhow::Result<Config> {
-    let mut config = Config::read(&path)?;
-    if let Some(dir) = data_dir {
-        config.data_dir = dir;
+fn read_config(arguments: &Arguments) -> Result<Config, ConfigError> {
+    let mut config = Config::read(&arguments.config)?;
+    if let Some(dir) = &arguments.data_dir {
+        config.data_dir.clone_from(dir);
     }
     Ok(config)
 }

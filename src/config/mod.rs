@@ -240,6 +240,31 @@ impl Config {
         file.check().map_err(wrong)
     }
 
+    /// Which keys differ from those of the config that runs, and are read at the start only.
+    #[must_use]
+    pub fn needs_restart(&self, running: &Config) -> Vec<&'static str> {
+        let (local, was) = (&self.local, &running.local);
+        let all = [
+            ("data_dir", self.data_dir != running.data_dir),
+            ("shutdown_timeout", self.shutdown_timeout != running.shutdown_timeout),
+            ("local.listen", local.listen != was.listen),
+            ("local.socket_mode", local.socket_mode != was.socket_mode),
+            ("local.socket_group", local.socket_group != was.socket_group),
+            ("local.max_connections", local.max_connections != was.max_connections),
+            ("metrics.listen", self.metrics_listen != running.metrics_listen),
+            ("metrics.max_endpoints", self.metrics_max_endpoints != running.metrics_max_endpoints),
+            ("outbox.min_free_disk", self.min_free_disk != running.min_free_disk),
+            ("outbox.dedupe_window", self.dedupe_window != running.dedupe_window),
+            ("outbox.dedupe_max", self.dedupe_max != running.dedupe_max),
+            ("open_api.listen", self.open_api.listen != running.open_api.listen),
+            ("open_api.max_connections", self.open_api.max_connections != running.open_api.max_connections),
+            ("dead_letters.keep", self.dead_keep != running.dead_keep),
+            ("dead_letters.max", self.dead_max != running.dead_max),
+            ("log.format", self.log_format != running.log_format),
+        ];
+        all.into_iter().filter(|(_, has_changed)| *has_changed).map(|(key, _)| key).collect()
+    }
+
     /// The endpoints that are in effect: those of the file, and over them what calls have set.
     #[must_use]
     pub fn effective(&self, entries: &BTreeMap<EndpointName, Entry>) -> Endpoints {

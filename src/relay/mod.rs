@@ -1,6 +1,7 @@
 //! The relay: one task that owns the schedule. It hears what is durable, starts what is due, records what came of it.
 
 mod attempt;
+mod commands;
 mod deliverer;
 mod dialer;
 mod limits;
@@ -13,17 +14,18 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 
 use self::attempt::{Done, Flight, Job};
+pub use self::commands::{Command, Configure, LaneShown, Tested, View};
 use self::deliverer::Target;
 pub use self::deliverer::{Deliverer, TlsError};
 pub use self::limits::max_in_flight;
 use crate::clock;
 use crate::config::{Endpoints, UrlRule};
 use crate::domain::backlog::Handle;
-use crate::domain::endpoint::{EndpointName, Plugin};
+use crate::domain::endpoint::EndpointName;
 use crate::domain::keys::LaneKey;
 use crate::domain::outcome::{AttemptResult, Verdict};
 use crate::domain::push::PushBounds;
-use crate::domain::schedule::{Breaker, Burial, EndpointView, Moment, Schedule, Start};
+use crate::domain::schedule::{Breaker, Burial, LaneId, Moment, Schedule, Start};
 use crate::metrics::{EndpointMetrics, Metrics};
 use crate::store::{Compacted, Ending, Item, Letter, Note, Notice, Position, Snapshot, Store, WithdrawCustomer};
 
@@ -35,44 +37,10 @@ pub const NOTICES_MAX: usize = 1_024;
 pub const COMMANDS_MAX: usize = 64;
 /// How long a burial that failed waits.
 const BURY_AGAIN: Duration = Duration::from_secs(1);
+/// Lanes whose last error is kept.
+const LANE_ERRORS_MAX: usize = 100_000;
 /// How often idle connections are looked through.
 const REAP_EVERY: Duration = Duration::from_secs(10);
-
-/// What the rest of the program asks.
-#[derive(Debug)]
-pub enum Command {
-    /// How everything stands.
-    View(oneshot::Sender<View>),
-    /// How many events of a customer wait.
-    Waiting {
-        /// The customer's plugin.
-        plugin: Plugin,
-        /// The customer.
-        web_token: String,
-        /// Answered with the number.
-        reply: oneshot::Sender<u64>,
-    },
-    /// From now on there are these endpoints, and these addresses may be used; answered when that is so.
-    Configure {
-        /// All of them.
-        endpoints: Arc<Endpoints>,
-        /// What may be connected to.
-        rule: Arc<UrlRule>,
-        /// Answered.
-        reply: oneshot::Sender<()>,
-    },
-    /// Start nothing more; answered when nothing is in flight.
-    Drain(oneshot::Sender<()>),
-}
-
-/// How everything stands.
-#[derive(Debug)]
-pub struct View {
-    /// Every endpoint that is configured or has events.
-    pub endpoints: Vec<EndpointView>,
-    /// Bytes of records that wait, about.
-    pub outbox_bytes: u64,
-}
 
 /// What the relay is to go by.
 #[derive(Debug)]
@@ -118,7 +86,11 @@ pub struct Relay {
     is_draining: bool,
     rate_limited: HashMap<EndpointName, u64>,
     /// What the last attempt of an endpoint failed with; nothing after a success.
-    last_errors: HashMap<EndpointName, String>,
+    last_errors: HashMap<EndpointName, Arc<str>>,
+    /// What the last attempt of a lane failed with, for as many lanes as there is room.
+    lane_errors: HashMap<LaneId, Arc<str>>,
+    /// Who waits until nothing is being given up any more, with how many events that was.
+    bury_waiters: Vec<(u64, oneshot::Sender<u64>)>,
     reap_at: u64,
     newest_slot: Option<u16>,
 }
@@ -153,6 +125,8 @@ impl Relay {
             is_draining: false,
             rate_limited: HashMap::new(),
             last_errors: HashMap::new(),
+            lane_errors: HashMap::new(),
+            bury_waiters: Vec::new(),
             reap_at: 0,
             newest_slot: None,
         };
@@ -205,6 +179,7 @@ impl Relay {
                 () = sleep_until(wake) => {}
             }
             self.write_notes();
+            self.answer_buried();
             self.reap();
             if self.attempts.is_empty()
                 && let Some(drained) = self.drain.take()
@@ -371,6 +346,7 @@ impl Relay {
         let places = self.places(&burial.events);
         let seqs = self.seqs(&burial.events);
         let store = self.store.clone();
+        let problem = self.lane_errors.get(&burial.lane).cloned();
         self.burying.spawn_blocking(move || {
             let mut letters = Vec::with_capacity(places.len());
             for (place, seq) in places.iter().zip(seqs.iter().copied()) {
@@ -384,7 +360,7 @@ impl Relay {
                     store.damaged("journal");
                     tracing::error!(endpoint = %burial.endpoint, seq, "an event's record is damaged: its content is lost");
                 }
-                letters.push(Letter { seq, endpoint: burial.endpoint, stored });
+                letters.push(Letter { seq, endpoint: burial.endpoint, stored, problem: problem.clone() });
             }
             let is_done = store.bury(&letters, burial.reason, burial.attempts, clock::wall_ms()).is_ok();
             Buried { burial, seqs, is_done }
@@ -417,22 +393,36 @@ impl Relay {
         if done.verdict == Verdict::Damaged {
             self.store.damaged("journal");
         }
-        self.note_error(done.endpoint, done.result, done.detail);
+        self.note_error(done.lane, done.endpoint, done.result, done.detail);
         self.report(done.lane, done.taken, done.verdict);
     }
 
-    /// Keeps what an endpoint fails with. What only its owner or an operator can mend is logged when it changes.
-    fn note_error(&mut self, endpoint: EndpointName, result: Option<AttemptResult>, detail: Option<String>) {
-        match (result, detail) {
-            (Some(AttemptResult::Ok), _) => drop(self.last_errors.remove(&endpoint)),
-            (Some(result), Some(problem)) => {
-                let is_new = self.last_errors.get(&endpoint) != Some(&problem);
-                if is_new && matches!(result, AttemptResult::Tls | AttemptResult::BlockedAddress) {
-                    tracing::warn!(%endpoint, result = result.as_str(), problem, "no push can be sent");
-                }
-                self.last_errors.insert(endpoint, problem);
+    /// Keeps what a lane and its endpoint fail with. What only an operator or the endpoint's owner can mend is logged
+    /// when it changes.
+    fn note_error(
+        &mut self,
+        lane: LaneId,
+        endpoint: EndpointName,
+        result: Option<AttemptResult>,
+        detail: Option<String>,
+    ) {
+        let Some(problem) = detail else {
+            if result == Some(AttemptResult::Ok) {
+                self.last_errors.remove(&endpoint);
+                self.lane_errors.remove(&lane);
             }
-            (_, _) => {}
+            return;
+        };
+        let known = self.last_errors.get(&endpoint).filter(|known| ***known == *problem).cloned();
+        let problem = known.clone().unwrap_or_else(|| problem.into());
+        if known.is_none()
+            && let Some(result @ (AttemptResult::Tls | AttemptResult::BlockedAddress)) = result
+        {
+            tracing::warn!(%endpoint, result = result.as_str(), %problem, "no push can be sent");
+        }
+        self.last_errors.insert(endpoint, Arc::clone(&problem));
+        if self.lane_errors.len() < LANE_ERRORS_MAX || self.lane_errors.contains_key(&lane) {
+            self.lane_errors.insert(lane, problem);
         }
     }
 
@@ -483,6 +473,9 @@ impl Relay {
         let count = burial.events.len() as u64;
         let lane = self.schedule.lane_key(burial.lane).unwrap_or(LaneKey(0));
         self.schedule.buried(&burial, now);
+        if self.schedule.waiting(lane) == 0 {
+            self.lane_errors.remove(&burial.lane);
+        }
         self.notes.push(Note::Settled { lane, ending: Ending::Buried, retry_is_over: true, seqs });
         *self.ended.entry(burial.endpoint).or_default() += count;
         self.metrics_of(burial.endpoint).died(burial.reason, count);
@@ -492,46 +485,6 @@ impl Relay {
 
     fn metrics_of(&mut self, endpoint: EndpointName) -> Arc<EndpointMetrics> {
         Arc::clone(self.endpoint_metrics.entry(endpoint).or_insert_with(|| self.metrics.endpoint(endpoint)))
-    }
-
-    // ---- questions ----
-
-    fn answer(&mut self, command: Command) {
-        match command {
-            // Whoever asked may have gone.
-            Command::View(reply) => drop(reply.send(self.view())),
-            Command::Waiting { plugin, web_token, reply } => {
-                let hashing = self.store.hashing();
-                let mut lanes = vec![EndpointName::of(plugin), EndpointName::DEFAULT];
-                lanes.dedup();
-                let waiting = lanes
-                    .into_iter()
-                    .map(|endpoint| hashing.lane(endpoint, plugin, &web_token))
-                    .map(|lane| u64::from(self.schedule.waiting(lane)))
-                    .sum();
-                reply.send(waiting).ok();
-            }
-            Command::Configure { endpoints, rule, reply } => {
-                self.configure(&endpoints, &rule);
-                // Whoever asked may have gone.
-                reply.send(()).ok();
-            }
-            Command::Drain(reply) => {
-                self.is_draining = true;
-                self.drain = Some(reply);
-            }
-        }
-    }
-
-    fn view(&mut self) -> View {
-        let views: Vec<EndpointView> =
-            self.schedule.endpoints().filter(|view| self.targets.contains_key(&view.name) || view.events > 0).collect();
-        for view in &views {
-            let before = self.rate_limited.insert(view.name, view.rate_limited).unwrap_or(0);
-            let seconds = Duration::from_micros(view.rate_limited.saturating_sub(before)).as_secs_f64();
-            self.metrics_of(view.name).rate_limited_seconds.inc_by(seconds);
-        }
-        View { endpoints: views, outbox_bytes: self.schedule.backlog.live_bytes() }
     }
 
     fn reap(&mut self) {

@@ -7,11 +7,12 @@ use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 
 use tokio::sync::oneshot;
 
-use super::Position;
-use super::codec::{Record, StateChange};
+use super::codec::{Accepted, Record, StateChange};
+use super::dead_letters::LetterId;
 use super::ids::Ids;
 use super::nonces::Nonces;
 use super::state::{self, StateCache, StateKey, StateValue};
+use super::{Position, Replay};
 use crate::domain::customer::{Customer, Hearing, NameKind, Toggle};
 use crate::domain::endpoint::{EndpointName, Plugin};
 use crate::domain::event::Event;
@@ -295,6 +296,67 @@ impl Admission {
         let (done, receiver) = oneshot::channel();
         let mut request = self.begin(done);
         self.append(&mut request, key, event);
+        Ok(self.stage(request).then_some(Ticket { done: receiver }))
+    }
+
+    /// Stages dead letters that are put back, as far as their customers are not switched off and their endpoints not
+    /// full; answers which.
+    ///
+    /// # Errors
+    /// The request is refused, and nothing changed.
+    pub(super) fn replay(
+        &mut self,
+        replays: &[&Replay<'_>],
+        now_s: u64,
+    ) -> Result<Step<(Vec<LetterId>, Option<Ticket>)>, Refusal> {
+        self.check_open()?;
+        if self.is_disk_low {
+            return Err(Refusal::DiskLow);
+        }
+        if self.waiting + replays.len() as u64 > self.rules.events_max {
+            return Err(Refusal::OutboxFull);
+        }
+        let key = |event: &Accepted<'_>| StateKey::Customer(event.plugin, event.web_token.to_owned());
+        let of_customers = || replays.iter().filter(|replay| replay.event.endpoint != EndpointName::SURVEY);
+        let missing: HashSet<StateKey> =
+            of_customers().map(|replay| key(&replay.event)).filter(|key| self.cache.get(key).is_none()).collect();
+        if !missing.is_empty() {
+            return Ok(self.missing(missing));
+        }
+        let (done, receiver) = oneshot::channel();
+        let mut request = self.begin(done);
+        let mut replayed = Vec::new();
+        for Replay { id, event, events_max } in replays {
+            let is_off = event.endpoint != EndpointName::SURVEY
+                && self
+                    .known(event.plugin, event.web_token, now_s)
+                    .is_some_and(|customer| customer.toggle == Toggle::Off);
+            if is_off || self.waiting_by_endpoint.get(&event.endpoint).is_some_and(|count| count >= events_max) {
+                continue;
+            }
+            let record = Record::Accepted(event.clone()).encode();
+            let (lane, endpoint, second) = (event.lane, event.endpoint, now_s as u32);
+            self.append(&mut request, event.key, Staged::Event { record, lane, endpoint, second });
+            replayed.push(*id);
+        }
+        if !replayed.is_empty() {
+            request.staged.push(Staged::Other(Record::Gone(replayed.clone()).encode()));
+        }
+        let ticket = self.stage(request).then_some(Ticket { done: receiver });
+        Ok(Step::Done((replayed, ticket)))
+    }
+
+    /// Stages that dead letters are gone.
+    ///
+    /// # Errors
+    /// The request is refused, and nothing changed.
+    pub(super) fn stage_gone(&mut self, ids: &[LetterId]) -> Result<Option<Ticket>, Refusal> {
+        self.check_open()?;
+        let (done, receiver) = oneshot::channel();
+        let mut request = self.begin(done);
+        if !ids.is_empty() {
+            request.staged.push(Staged::Other(Record::Gone(ids.to_vec()).encode()));
+        }
         Ok(self.stage(request).then_some(Ticket { done: receiver }))
     }
 

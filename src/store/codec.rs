@@ -12,6 +12,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::dead_letters::LetterId;
 use crate::domain::customer::{Customer, NameKind};
 use crate::domain::endpoint::{EndpointName, Plugin};
 use crate::domain::keys::{EventKey, LaneKey};
@@ -48,6 +49,8 @@ pub(super) enum Record<'a> {
     /// A dead letter; in `dead/` only.
     #[serde(borrow)]
     Dead(Dead<'a>),
+    /// Dead letters that were replayed or purged.
+    Gone(Vec<LetterId>),
 }
 
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
@@ -103,6 +106,8 @@ pub(super) struct Settled {
     pub ending: Ending,
     /// Whether an earlier `Deferred` of the lane is over.
     pub retry_is_over: bool,
+    /// When, Unix seconds.
+    pub second: u32,
     pub seqs: Vec<u64>,
 }
 
@@ -133,15 +138,22 @@ pub(super) enum StateChange {
 
 /// A dead letter as stored.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
-pub(super) struct Dead<'a> {
+pub struct Dead<'a> {
+    /// The event's sequence number.
     pub seq: u64,
+    /// Why it was given up.
     pub reason: DeathReason,
+    /// When, Unix milliseconds.
     pub buried_ms: u64,
+    /// Attempts that were made.
     pub attempts: u32,
-    /// Empty when the event's record could not be read.
+    /// The event. Empty when the event's record could not be read.
     #[serde(borrow)]
     pub event: Option<Accepted<'a>>,
+    /// Where it was to go.
     pub endpoint: EndpointName,
+    /// What the last attempt failed with.
+    pub problem: Option<&'a str>,
 }
 
 impl<'a> Record<'a> {
@@ -153,6 +165,20 @@ impl<'a> Record<'a> {
 
     pub(super) fn decode(body: &'a [u8]) -> Option<Record<'a>> {
         postcard::from_bytes(body).ok()
+    }
+
+    /// The event, of a record that accepts one.
+    pub(super) fn into_event(self) -> Option<Accepted<'a>> {
+        match self {
+            Record::Accepted(event) => Some(event),
+            Record::Opened(_)
+            | Record::Settled(_)
+            | Record::Deferred(_)
+            | Record::State(_)
+            | Record::Sealed { .. }
+            | Record::Dead(_)
+            | Record::Gone(_) => None,
+        }
     }
 }
 
@@ -267,6 +293,7 @@ mod tests {
                 lane: LaneKey(1),
                 ending: Ending::Withdrawn,
                 retry_is_over: true,
+                second: 5,
                 seqs: vec![1, 2, u64::MAX],
             }),
             Record::Deferred(DeferredRecord { lane: LaneKey(1), head: 3, retry: Retry::default(), due_ms: 4 }),
@@ -274,6 +301,7 @@ mod tests {
             Record::State(StateChange::Setting { key: "a".to_owned(), value: Some("b".to_owned()) }),
             Record::State(StateChange::Nonce { key: 7, until_s: 8 }),
             Record::Sealed { events: 3 },
+            Record::Gone(vec!["3-17".parse().unwrap()]),
         ];
         for record in records {
             assert_eq!(Record::decode(&record.encode()).unwrap(), record);

@@ -1,51 +1,153 @@
 //! Dead letters: events that were given up, whole, in log files of their own. Expiry unlinks files.
+//!
+//! Beside `N.log` with the letters, `N.idx` has 24 bytes for each, so that listing reads little and memory holds one
+//! bit a letter: whether it is gone (replayed, purged, too many). `N.idx` is made anew from the log when it does not fit.
+//! That a letter is gone is a record of the journal; what the journal says is written to `N.gone` before a checkpoint
+//! covers it.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
 use super::codec::{self, Dead, Record};
-use super::segment;
+use super::segment::{self, Frame};
 use crate::domain::endpoint::EndpointName;
-use crate::domain::keys::LaneKey;
+use crate::domain::keys::{HashKey, LaneKey};
 
 /// A file is closed at this size.
 const FILE_BYTES: u32 = 16 << 20;
 /// And after this part of `dead_letters.keep`, so that what expires goes soon after.
 const FILE_PARTS: u64 = 14;
+/// Bytes of an index entry: offset 4, second of burial 4, endpoint 8, hash of the customer 8.
+const ENTRY: usize = 24;
+/// Bytes of an entry of what is gone: place 4, checksum of file and place 4.
+const GONE_ENTRY: usize = 8;
+/// Index entries read at once.
+const CHUNK: u32 = 4_096;
 
-/// How the dead letters stood at a checkpoint.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub(super) struct DeadMark {
-    files: VecDeque<DeadFile>,
-    dropped: BTreeMap<u64, u64>,
+/// A letter's name: its file and its place there. Later letters have greater names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct LetterId {
+    file: u64,
+    place: u32,
 }
 
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+impl LetterId {
+    /// Before every letter.
+    pub const FIRST: LetterId = LetterId { file: 0, place: 0 };
+
+    /// The first name after this one.
+    pub(super) fn next(self) -> LetterId {
+        match self.place.checked_add(1) {
+            Some(place) => LetterId { place, ..self },
+            None => LetterId { file: self.file.saturating_add(1), place: 0 },
+        }
+    }
+}
+
+impl fmt::Display for LetterId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{}", self.file, self.place)
+    }
+}
+
+/// The text is no name of a letter.
+#[derive(Debug, thiserror::Error)]
+#[error("a dead letter is named like 3-17")]
+pub struct BadLetterId;
+
+impl FromStr for LetterId {
+    type Err = BadLetterId;
+
+    fn from_str(text: &str) -> Result<LetterId, BadLetterId> {
+        let (file, place) = text.split_once('-').ok_or(BadLetterId)?;
+        let is_number = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
+        if !is_number(file) || !is_number(place) {
+            return Err(BadLetterId);
+        }
+        Ok(LetterId { file: file.parse().map_err(|_| BadLetterId)?, place: place.parse().map_err(|_| BadLetterId)? })
+    }
+}
+
+/// Which letters are meant.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LetterFilter {
+    /// Only of this endpoint.
+    pub endpoint: Option<EndpointName>,
+    /// Only of this customer.
+    pub web_token: Option<String>,
+}
+
+/// How long the logs were at a checkpoint: what came later may not be settled in the journal.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(super) struct DeadMark {
+    files: Vec<(u64, u32)>,
+}
+
+#[derive(Debug)]
 struct DeadFile {
     number: u64,
     len: u32,
     begun_ms: u64,
     newest_ms: u64,
-    /// Letters by endpoint.
+    letters: u32,
+    /// Letters that are gone.
+    gone: Bits,
+    /// Those of them that are in `N.gone`.
+    written: Bits,
+    /// Letters that are there, by endpoint.
     counts: BTreeMap<u64, u64>,
+}
+
+#[derive(Clone, Copy)]
+struct Entry {
+    offset: u32,
+    second: u32,
+    endpoint: u64,
+    customer: u64,
+}
+
+impl Entry {
+    fn to_bytes(self) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(ENTRY);
+        bytes.extend_from_slice(&self.offset.to_le_bytes());
+        bytes.extend_from_slice(&self.second.to_le_bytes());
+        bytes.extend_from_slice(&self.endpoint.to_le_bytes());
+        bytes.extend_from_slice(&self.customer.to_le_bytes());
+        bytes
+    }
+
+    fn read(bytes: &[u8]) -> Option<Entry> {
+        let word = |at: usize| Some(u32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?));
+        let long = |at: usize| Some(u64::from_le_bytes(bytes.get(at..at + 8)?.try_into().ok()?));
+        Some(Entry { offset: word(0)?, second: word(4)?, endpoint: long(8)?, customer: long(16)? })
+    }
 }
 
 /// All dead letters.
 #[derive(Debug)]
 pub(super) struct DeadLetters {
     dir: PathBuf,
+    hashing: HashKey,
     files: VecDeque<DeadFile>,
-    /// Of each endpoint, how many of the oldest letters count as gone although their file is still there.
-    dropped: BTreeMap<u64, u64>,
-    active: Option<File>,
+    active: Option<Active>,
+    /// Files whose `N.gone` is written and not synced.
+    unsynced: BTreeSet<u64>,
     keep_ms: u64,
     /// 0: no limit.
     max: u64,
+}
+
+#[derive(Debug)]
+struct Active {
+    log: File,
+    index: File,
 }
 
 /// What opening found.
@@ -59,49 +161,105 @@ pub(super) struct DeadFound {
 
 impl DeadLetters {
     /// Opens the directory and reads what came after the mark.
-    pub(super) fn open(dir: PathBuf, mark: &DeadMark, keep_s: u64, max: u64) -> io::Result<(DeadLetters, DeadFound)> {
+    pub(super) fn open(
+        dir: PathBuf,
+        mark: &DeadMark,
+        hashing: HashKey,
+        (keep_s, max): (u64, u64),
+    ) -> io::Result<(DeadLetters, DeadFound)> {
         std::fs::create_dir_all(&dir)?;
-        let mut found = DeadFound::default();
-        let mut files = VecDeque::new();
-        for number in numbers(&dir)? {
-            let marked = mark.files.iter().find(|file| file.number == number).cloned();
-            let mut state = marked.unwrap_or(DeadFile {
-                number,
-                len: 0,
-                begun_ms: u64::MAX,
-                newest_ms: 0,
-                counts: BTreeMap::new(),
-            });
-            let file = File::options().read(true).write(true).open(segment::path(&dir, number))?;
-            let from = state.len;
-            let scan = segment::scan(&file, number, from, from, |frame| {
-                if let Some(Record::Dead(dead)) = Record::decode(frame.body()) {
-                    let lane = dead.event.as_ref().map_or(LaneKey(0), |event| event.lane);
-                    found.events.push((dead.endpoint, lane, dead.seq));
-                    state.count(dead.endpoint.number(), dead.buried_ms);
-                }
-            })?;
-            found.damaged += scan.damaged.len() as u64;
-            state.len = scan.valid_len;
-            if scan.is_torn {
-                file.set_len(u64::from(scan.valid_len))?;
-            }
-            file.sync_all()?;
-            files.push_back(state);
-        }
-        let letters = DeadLetters {
+        let mut letters = DeadLetters {
             dir,
-            files,
-            dropped: mark.dropped.clone(),
+            hashing,
+            files: VecDeque::new(),
             active: None,
+            unsynced: BTreeSet::new(),
             keep_ms: keep_s.saturating_mul(1_000),
             max,
         };
+        let mut found = DeadFound::default();
+        for number in numbers(&letters.dir)? {
+            let marked = mark.files.iter().find(|(file, _)| *file == number).map_or(0, |(_, len)| *len);
+            let file = letters.open_file(number, marked, &mut found)?;
+            letters.files.push_back(file);
+        }
         Ok((letters, found))
     }
 
+    fn open_file(&self, number: u64, marked: u32, found: &mut DeadFound) -> io::Result<DeadFile> {
+        let log = File::options().read(true).write(true).open(segment::path(&self.dir, number))?;
+        let mut index = read_if_there(&self.path(number, "idx"))?;
+        index.truncate(index.len() - index.len() % ENTRY);
+        // Entries are believed up to the last one that names a letter.
+        let last = index.len().checked_sub(ENTRY).and_then(|at| Entry::read(index.get(at..)?));
+        let end = match last.map(|last| segment::read_frame(&log, number, last.offset)).transpose()?.flatten() {
+            Some(frame) => frame.header.offset + frame.header.frame_len() as u32,
+            None => 0,
+        };
+        if end == 0 {
+            index.clear();
+        }
+        let known = index.len();
+        let scan = segment::scan(&log, number, end.min(marked), marked, |frame| {
+            if let Some(Record::Dead(dead)) = Record::decode(frame.body()) {
+                if frame.header.offset >= marked {
+                    let lane = dead.event.as_ref().map_or(LaneKey(0), |event| event.lane);
+                    found.events.push((dead.endpoint, lane, dead.seq));
+                }
+                if frame.header.offset >= end {
+                    index.extend(self.entry(&dead, frame.header.offset).to_bytes());
+                }
+            }
+        })?;
+        found.damaged += scan.damaged.len() as u64;
+        if scan.is_torn {
+            log.set_len(u64::from(scan.valid_len))?;
+        }
+        log.sync_all()?;
+        if index.len() != known || known == 0 {
+            std::fs::write(self.path(number, "idx"), &index)?;
+        }
+        let mut file = DeadFile {
+            number,
+            len: scan.valid_len,
+            begun_ms: u64::MAX,
+            newest_ms: 0,
+            letters: 0,
+            gone: Bits::default(),
+            written: Bits::default(),
+            counts: BTreeMap::new(),
+        };
+        for entry in index.chunks(ENTRY).filter_map(Entry::read) {
+            file.count(entry.endpoint, u64::from(entry.second) * 1_000);
+        }
+        let gone = read_if_there(&self.path(number, "gone"))?;
+        if gone.len() % GONE_ENTRY != 0 {
+            let whole = gone.len() - gone.len() % GONE_ENTRY;
+            File::options().write(true).open(self.path(number, "gone"))?.set_len(whole as u64)?;
+        }
+        for entry in gone.chunks(GONE_ENTRY) {
+            let place = gone_place(number, entry).filter(|place| *place < file.letters && file.gone.set(*place));
+            let Some(place) = place else { continue };
+            file.written.set(place);
+            let at = place as usize * ENTRY;
+            if let Some(entry) = index.get(at..).and_then(Entry::read) {
+                file.uncount(entry.endpoint);
+            }
+        }
+        Ok(file)
+    }
+
+    fn entry(&self, dead: &Dead<'_>, offset: u32) -> Entry {
+        let customer = dead.event.as_ref().map_or(0, |event| self.hashing.bucket(event.web_token));
+        Entry { offset, second: (dead.buried_ms / 1_000) as u32, endpoint: dead.endpoint.number(), customer }
+    }
+
+    fn path(&self, number: u64, kind: &str) -> PathBuf {
+        segment::path(&self.dir, number).with_extension(kind)
+    }
+
     pub(super) fn mark(&self) -> DeadMark {
-        DeadMark { files: self.files.clone(), dropped: self.dropped.clone() }
+        DeadMark { files: self.files.iter().map(|file| (file.number, file.len)).collect() }
     }
 
     /// Writes dead letters and puts them on stable storage.
@@ -114,34 +272,51 @@ impl DeadLetters {
         if is_full || self.active.is_none() {
             self.begin(now_ms)?;
         }
-        let (Some(state), Some(file)) = (self.files.back_mut(), &self.active) else { return Ok(()) };
-        let mut bytes = Vec::new();
-        for letter in letters {
-            let offset = state.len + bytes.len() as u32;
+        let entries: Vec<Entry> = letters.iter().map(|letter| self.entry(letter, 0)).collect();
+        let (Some(file), Some(active)) = (self.files.back_mut(), &self.active) else { return Ok(()) };
+        let (mut bytes, mut index) = (Vec::new(), Vec::new());
+        for (letter, entry) in letters.iter().zip(entries) {
+            let offset = file.len + bytes.len() as u32;
             let body = Record::Dead(Dead { event: letter.event.clone(), ..*letter }).encode();
-            codec::write_frame(&mut bytes, state.number, offset, state.len, letter.seq, &body);
+            codec::write_frame(&mut bytes, file.number, offset, file.len, letter.seq, &body);
+            index.extend(Entry { offset, ..entry }.to_bytes());
         }
-        let done = file.write_all_at(&bytes, u64::from(state.len)).and_then(|()| file.sync_data());
+        let at = u64::from(file.letters) * ENTRY as u64;
+        let done = active
+            .log
+            .write_all_at(&bytes, u64::from(file.len))
+            .and_then(|()| active.log.sync_data())
+            .and_then(|()| active.index.write_all_at(&index, at));
         if let Err(error) = done {
             // Not to be trusted any more: the next burial begins a new file.
-            drop(file.set_len(u64::from(state.len)));
+            drop(active.log.set_len(u64::from(file.len)));
             self.active = None;
             return Err(error);
         }
-        state.len += bytes.len() as u32;
+        file.len += bytes.len() as u32;
         for letter in letters {
-            state.count(letter.endpoint.number(), letter.buried_ms);
+            file.count(letter.endpoint.number(), letter.buried_ms);
         }
         Ok(())
     }
 
     fn begin(&mut self, now_ms: u64) -> io::Result<()> {
         let number = self.files.back().map_or(1, |last| last.number + 1);
-        let path = segment::path(&self.dir, number);
-        let file = File::options().read(true).write(true).create(true).truncate(true).open(path)?;
+        let open = |path: PathBuf| File::options().read(true).write(true).create(true).truncate(true).open(path);
+        let log = open(segment::path(&self.dir, number))?;
+        let index = open(self.path(number, "idx"))?;
         segment::sync_dir(&self.dir)?;
-        self.active = Some(file);
-        self.files.push_back(DeadFile { number, len: 0, begun_ms: now_ms, newest_ms: now_ms, counts: BTreeMap::new() });
+        self.active = Some(Active { log, index });
+        self.files.push_back(DeadFile {
+            number,
+            len: 0,
+            begun_ms: now_ms,
+            newest_ms: now_ms,
+            letters: 0,
+            gone: Bits::default(),
+            written: Bits::default(),
+            counts: BTreeMap::new(),
+        });
         Ok(())
     }
 
@@ -153,57 +328,247 @@ impl DeadLetters {
                 *counts.entry(*endpoint).or_default() += count;
             }
         }
-        for (endpoint, dropped) in &self.dropped {
-            if let Some(count) = counts.get_mut(endpoint) {
-                *count = count.saturating_sub(*dropped);
+        counts
+    }
+
+    /// Where letters are, from `first` on, oldest first: their names and offsets. The filter is by hash as far as
+    /// customers go.
+    pub(super) fn find(&self, filter: &LetterFilter, first: LetterId, most: usize) -> io::Result<Vec<(LetterId, u32)>> {
+        let customer = filter.web_token.as_deref().map(|web_token| self.hashing.bucket(web_token));
+        let endpoint = filter.endpoint.map(EndpointName::number);
+        let mut found = Vec::new();
+        for file in self.files.iter().filter(|file| file.number >= first.file) {
+            if endpoint.is_some_and(|endpoint| !file.counts.contains_key(&endpoint)) || file.counts.is_empty() {
+                continue;
+            }
+            let from = if file.number == first.file { first.place } else { 0 };
+            let index = File::open(self.path(file.number, "idx"))?;
+            let mut place = from;
+            while place < file.letters {
+                let count = CHUNK.min(file.letters - place);
+                let mut bytes = vec![0; count as usize * ENTRY];
+                index.read_exact_at(&mut bytes, u64::from(place) * ENTRY as u64)?;
+                for entry in bytes.chunks(ENTRY).filter_map(Entry::read) {
+                    let is_it = endpoint.is_none_or(|endpoint| endpoint == entry.endpoint)
+                        && customer.is_none_or(|customer| customer == entry.customer);
+                    if is_it && !file.gone.has(place) {
+                        found.push((LetterId { file: file.number, place }, entry.offset));
+                        if found.len() >= most {
+                            return Ok(found);
+                        }
+                    }
+                    place += 1;
+                }
             }
         }
-        counts
+        Ok(found)
+    }
+
+    /// After every letter.
+    pub(super) fn end(&self) -> LetterId {
+        self.files.back().map_or(LetterId::FIRST, |last| LetterId { file: last.number, place: last.letters })
+    }
+
+    /// Where one letter is; `None` when there is no such letter any more.
+    pub(super) fn offset(&self, id: LetterId) -> io::Result<Option<u32>> {
+        Ok(self.there(id)?.map(|entry| entry.offset))
+    }
+
+    fn there(&self, id: LetterId) -> io::Result<Option<Entry>> {
+        let Some(file) = self.file(id.file) else { return Ok(None) };
+        if id.place >= file.letters || file.gone.has(id.place) {
+            return Ok(None);
+        }
+        let mut bytes = [0; ENTRY];
+        let index = File::open(self.path(id.file, "idx"))?;
+        index.read_exact_at(&mut bytes, u64::from(id.place) * ENTRY as u64)?;
+        Ok(Entry::read(&bytes))
+    }
+
+    /// Reads a letter at an offset of its file, without holding anything.
+    pub(super) fn read(dir: &Path, id: LetterId, offset: u32) -> io::Result<Option<Frame>> {
+        match File::open(segment::path(&dir.join("dead"), id.file)) {
+            Ok(file) => segment::read_frame(&file, id.file, offset),
+            // Expired meanwhile.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Takes a letter out, in memory: `false` when it is gone already. Whoever takes it sees to the journal.
+    pub(super) fn take(&mut self, id: LetterId) -> io::Result<bool> {
+        let Some(entry) = self.there(id)? else { return Ok(false) };
+        if let Some(file) = self.file_mut(id.file) {
+            file.gone.set(id.place);
+            file.uncount(entry.endpoint);
+        }
+        Ok(true)
+    }
+
+    /// Puts back what was taken and could not be recorded.
+    pub(super) fn put_back(&mut self, id: LetterId) {
+        let Some(file) = self.file_mut(id.file) else { return };
+        file.gone.clear(id.place);
+        if let Ok(Some(entry)) = self.there(id)
+            && let Some(file) = self.file_mut(id.file)
+        {
+            *file.counts.entry(entry.endpoint).or_default() += 1;
+        }
+    }
+
+    /// Writes down what the journal says is gone. Repeating it changes nothing.
+    pub(super) fn write_gone(&mut self, ids: &[LetterId]) -> io::Result<()> {
+        for id in ids {
+            self.take(*id)?;
+            let path = self.path(id.file, "gone");
+            let Some(file) = self.file_mut(id.file).filter(|file| file.gone.has(id.place)) else { continue };
+            if file.written.has(id.place) {
+                continue;
+            }
+            let entry = [id.place.to_le_bytes(), gone_crc(id.file, id.place).to_le_bytes()].concat();
+            let gone = File::options().create(true).append(true).open(path)?;
+            io::Write::write_all(&mut &gone, &entry)?;
+            file.written.set(id.place);
+            self.unsynced.insert(id.file);
+        }
+        Ok(())
+    }
+
+    /// Puts what [`DeadLetters::write_gone`] wrote on stable storage: before a checkpoint covers it.
+    pub(super) fn sync_gone(&mut self) -> io::Result<()> {
+        if self.unsynced.is_empty() {
+            return Ok(());
+        }
+        for number in std::mem::take(&mut self.unsynced) {
+            match File::open(self.path(number, "gone")) {
+                Ok(file) => file.sync_all()?,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+        segment::sync_dir(&self.dir)
     }
 
     /// Drops what is too old or too many. Answers how many letters went, by endpoint.
     pub(super) fn expire(&mut self, now_ms: u64) -> io::Result<BTreeMap<u64, u64>> {
-        let before = self.counts();
         let mut gone: BTreeMap<u64, u64> = BTreeMap::new();
         if self.max > 0 {
-            for (endpoint, count) in before {
+            for (endpoint, count) in self.counts() {
                 let excess = count.saturating_sub(self.max);
                 if excess > 0 {
-                    *self.dropped.entry(endpoint).or_default() += excess;
-                    *gone.entry(endpoint).or_default() += excess;
+                    let filter = LetterFilter { endpoint: Some(EndpointName::from_number(endpoint)), web_token: None };
+                    let found = self.find(&filter, LetterId::FIRST, excess as usize)?;
+                    let ids: Vec<LetterId> = found.into_iter().map(|(id, _)| id).collect();
+                    self.write_gone(&ids)?;
+                    *gone.entry(endpoint).or_default() += ids.len() as u64;
                 }
             }
         }
-        while let Some(first) = self.files.front() {
-            let is_old = now_ms.saturating_sub(first.newest_ms) > self.keep_ms;
-            let dropped = |endpoint: &u64| self.dropped.get(endpoint).copied().unwrap_or(0);
-            let is_dropped = first.counts.iter().all(|(endpoint, count)| dropped(endpoint) >= *count);
-            let is_active = self.files.len() == 1 && self.active.is_some();
-            if !is_old && (!is_dropped || is_active) {
-                break;
+        let newest = self.files.back().map(|file| file.number);
+        let keep_ms = self.keep_ms;
+        let is_over = |file: &DeadFile| {
+            let is_old = now_ms.saturating_sub(file.newest_ms) > keep_ms;
+            let is_empty = file.written.count >= file.letters && Some(file.number) != newest;
+            is_old || is_empty
+        };
+        let over: Vec<u64> = self.files.iter().filter(|file| is_over(file)).map(|file| file.number).collect();
+        for number in over {
+            std::fs::remove_file(segment::path(&self.dir, number))?;
+            for kind in ["idx", "gone"] {
+                // Without the log they mean nothing.
+                drop(std::fs::remove_file(self.path(number, kind)));
             }
-            std::fs::remove_file(segment::path(&self.dir, first.number))?;
-            if is_active {
+            if Some(number) == newest {
                 self.active = None;
             }
-            let Some(first) = self.files.pop_front() else { break };
-            for (endpoint, count) in first.counts {
-                let dropped = self.dropped.entry(endpoint).or_default();
-                *gone.entry(endpoint).or_default() += count.saturating_sub(*dropped);
-                *dropped = dropped.saturating_sub(count);
+            let counts = self.file(number).map(|file| file.counts.clone()).unwrap_or_default();
+            self.files.retain(|file| file.number != number);
+            for (endpoint, count) in counts {
+                *gone.entry(endpoint).or_default() += count;
             }
-            self.dropped.retain(|_, dropped| *dropped > 0);
         }
         gone.retain(|_, count| *count > 0);
         Ok(gone)
+    }
+
+    fn file(&self, number: u64) -> Option<&DeadFile> {
+        self.files.iter().find(|file| file.number == number)
+    }
+
+    fn file_mut(&mut self, number: u64) -> Option<&mut DeadFile> {
+        self.files.iter_mut().find(|file| file.number == number)
     }
 }
 
 impl DeadFile {
     fn count(&mut self, endpoint: u64, buried_ms: u64) {
+        self.letters += 1;
         *self.counts.entry(endpoint).or_default() += 1;
         self.newest_ms = self.newest_ms.max(buried_ms);
         self.begun_ms = self.begun_ms.min(buried_ms);
+    }
+
+    fn uncount(&mut self, endpoint: u64) {
+        if let Some(count) = self.counts.get_mut(&endpoint) {
+            *count = count.saturating_sub(1);
+        }
+        self.counts.retain(|_, count| *count > 0);
+    }
+}
+
+/// A bit for each letter of a file.
+#[derive(Debug, Default)]
+struct Bits {
+    words: Vec<u64>,
+    count: u32,
+}
+
+impl Bits {
+    fn has(&self, place: u32) -> bool {
+        self.words.get(place as usize / 64).is_some_and(|word| word >> (place % 64) & 1 == 1)
+    }
+
+    /// Says whether it was not set before.
+    fn set(&mut self, place: u32) -> bool {
+        if self.has(place) {
+            return false;
+        }
+        let word = place as usize / 64;
+        if self.words.len() <= word {
+            self.words.resize(word + 1, 0);
+        }
+        if let Some(word) = self.words.get_mut(word) {
+            *word |= 1 << (place % 64);
+        }
+        self.count += 1;
+        true
+    }
+
+    fn clear(&mut self, place: u32) {
+        if self.has(place)
+            && let Some(word) = self.words.get_mut(place as usize / 64)
+        {
+            *word &= !(1 << (place % 64));
+            self.count -= 1;
+        }
+    }
+}
+
+fn gone_crc(file: u64, place: u32) -> u32 {
+    crc32c::crc32c(&[file.to_le_bytes().as_slice(), &place.to_le_bytes()].concat())
+}
+
+/// The place that an entry of `N.gone` names; `None` when it is damaged or torn.
+fn gone_place(file: u64, entry: &[u8]) -> Option<u32> {
+    let place = u32::from_le_bytes(entry.get(..4)?.try_into().ok()?);
+    let crc = u32::from_le_bytes(entry.get(4..8)?.try_into().ok()?);
+    (gone_crc(file, place) == crc).then_some(place)
+}
+
+fn read_if_there(path: &Path) -> io::Result<Vec<u8>> {
+    match std::fs::read(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        other => other,
     }
 }
 
@@ -229,14 +594,19 @@ mod tests {
             attempts: 1,
             event: None,
             endpoint: EndpointName::from_number(endpoint),
+            problem: None,
         }
+    }
+
+    fn open(path: &Path, mark: &DeadMark, max: u64) -> (DeadLetters, DeadFound) {
+        DeadLetters::open(path.to_owned(), mark, HashKey([7; 16]), (1_400, max)).unwrap()
     }
 
     #[test]
     fn letters_are_counted_expire_and_are_bounded() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("dead");
-        let (mut letters, _) = DeadLetters::open(path.clone(), &DeadMark::default(), 1_400, 3).unwrap();
+        let (mut letters, _) = open(&path, &DeadMark::default(), 3);
         letters.bury(&[letter(1, 7, 0), letter(2, 0, 0)], 0).unwrap();
         let mark = letters.mark();
         for n in 0..5 {
@@ -245,7 +615,7 @@ mod tests {
         assert_eq!(letters.counts(), BTreeMap::from([(0, 1), (7, 6)]));
         drop(letters);
         // What came after the mark is found again.
-        let (mut letters, found) = DeadLetters::open(path.clone(), &mark, 1_400, 3).unwrap();
+        let (mut letters, found) = open(&path, &mark, 3);
         let seqs: Vec<u64> = found.events.iter().map(|(_, _, seq)| *seq).collect();
         assert_eq!(seqs, [10, 11, 12, 13, 14]);
         assert_eq!(letters.expire(800_000).unwrap(), BTreeMap::from([(7, 3)]));
@@ -254,6 +624,48 @@ mod tests {
         assert_eq!(gone.get(&0), Some(&1));
         letters.expire(10_000_000).unwrap();
         assert!(letters.counts().values().all(|count| *count == 0));
-        assert_eq!(numbers(&path).unwrap(), Vec::<u64>::new());
+        assert_eq!(std::fs::read_dir(&path).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_letter_is_taken_once_and_stays_gone_over_a_start() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("dead");
+        let (mut letters, _) = open(&path, &DeadMark::default(), 0);
+        let all: Vec<Dead<'_>> = (0..200).map(|n| letter(n, n % 3, 0)).collect();
+        letters.bury(&all, 0).unwrap();
+        let of = |endpoint: u64| LetterFilter { endpoint: Some(EndpointName::from_number(endpoint)), web_token: None };
+        let ids = letters.find(&of(1), LetterId::FIRST, 1_000).unwrap();
+        assert_eq!(ids.len(), 67);
+        let (first, offset) = ids[0];
+        assert_eq!(letters.offset(first).unwrap(), Some(offset));
+        assert!(letters.take(first).unwrap() && !letters.take(first).unwrap());
+        letters.put_back(first);
+        assert!(letters.take(first).unwrap(), "it was put back");
+        letters.write_gone(&[first]).unwrap();
+        letters.sync_gone().unwrap();
+        assert_eq!(letters.counts().get(&1), Some(&66));
+        let mark = letters.mark();
+        drop(letters);
+        for has_index in [true, false] {
+            if !has_index {
+                std::fs::remove_file(path.join("1.idx")).ok();
+                std::fs::remove_file(segment::path(&path, 1).with_extension("idx")).ok();
+            }
+            let (letters, found) = open(&path, &mark, 0);
+            assert!(found.events.is_empty());
+            assert_eq!(letters.counts(), BTreeMap::from([(0, 67), (1, 66), (2, 66)]), "with its index: {has_index}");
+            assert_eq!(letters.find(&of(1), LetterId::FIRST, 1).unwrap()[0].0, ids[1].0);
+            assert_eq!(letters.offset(first).unwrap(), None);
+        }
+    }
+
+    #[test]
+    fn names_read_back_as_they_are_shown() {
+        let id = LetterId { file: 3, place: 17 };
+        assert_eq!(id.to_string().parse::<LetterId>().unwrap(), id);
+        for text in ["", "3", "3-", "-1", "3-17-1", "a-b", "3-+1"] {
+            assert!(text.parse::<LetterId>().is_err(), "{text}");
+        }
     }
 }

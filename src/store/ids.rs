@@ -51,6 +51,10 @@ impl Ids {
         }
         let number = self.next_number() as u32;
         let key = halves(key);
+        // A replayed event has its key again: the newest counts.
+        if let Some(before) = self.find(key) {
+            self.forget(key, before);
+        }
         self.keys.push_back(key);
         self.seconds.push_back(second);
         let (keys, first) = (&self.keys, self.first as u32);
@@ -66,8 +70,17 @@ impl Ids {
     }
 
     pub(super) fn contains(&self, key: EventKey) -> bool {
-        let key = halves(key);
-        self.table.find(key[0], |number| at(&self.keys, self.first as u32, *number) == key).is_some()
+        self.find(halves(key)).is_some()
+    }
+
+    /// Number of a key, and when it was pushed, Unix seconds.
+    pub(super) fn number(&self, key: EventKey) -> Option<(u64, u32)> {
+        let place = self.find(halves(key))?.wrapping_sub(self.first as u32);
+        Some((self.first + u64::from(place), *self.seconds.get(place as usize)?))
+    }
+
+    fn find(&self, key: [u64; 2]) -> Option<u32> {
+        self.table.find(key[0], |number| at(&self.keys, self.first as u32, *number) == key).copied()
     }
 
     /// Drops what is older than the window.

@@ -4,7 +4,7 @@
 //! It reads the journal's own files from where the queue's rows end, so a slow or broken sled holds up nothing: after an
 //! error sled is opened again and the rest is applied.
 
-use std::collections::HashSet;
+use std::collections::{HashSet, VecDeque};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -14,8 +14,9 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::checkpoint::{Checkpoint, Live, SegmentMark};
-use super::codec::{self, Record, StateChange};
+use super::codec::{self, Ending, Record, StateChange};
 use super::compact;
+use super::dead_letters::LetterId;
 use super::journal::SPARE;
 use super::queue::{BLOCK_EVENTS, ID_ROW, IdEntry, IndexEntry, PositionRow, Queue, QueueError};
 use super::segment::{self, Frame};
@@ -108,6 +109,13 @@ pub(super) struct Applier {
     ids: Vec<IdEntry>,
     /// Customers and names whose rows are yet to be changed, in the order of the journal, with their bytes in the log.
     changes: Vec<(StateChange, usize)>,
+    /// Events that have ended and whose rows are yet to say so: sequence number, how, Unix second.
+    ended: Vec<(u64, Ending, u32)>,
+    /// The rows of idempotency keys that are kept: the first sequence number of each. Read when first needed.
+    id_rows: Option<VecDeque<(u64, u64)>>,
+    has_new_ids: bool,
+    /// Dead letters that the journal says are gone, yet to be written down.
+    gone: Vec<LetterId>,
     pub state_log: StateLog,
     /// State records before this are in the rows already, maybe with newer ones.
     state_from: Position,
@@ -138,6 +146,10 @@ impl Applier {
             block,
             ids,
             changes: Vec::new(),
+            ended: Vec::new(),
+            id_rows: None,
+            has_new_ids: false,
+            gone: Vec::new(),
             state_log,
             state_from,
             hashing,
@@ -174,7 +186,7 @@ impl Applier {
         }
         let mut result = Ok(());
         let scan = segment::scan_synced(file, segment, self.at.offset, to, |frame| {
-            if result.is_ok() && self.changes.len() >= CHANGES_MAX {
+            if result.is_ok() && self.changes.len().max(self.ended.len()) >= CHANGES_MAX {
                 self.at.offset = frame.header.offset;
                 result = self.change_rows(queue);
                 progress(self.position());
@@ -202,7 +214,66 @@ impl Applier {
             let gone = state::apply(queue, &self.hashing, change, is_forgotten)?;
             self.state_log.dead += (gone * bytes) as u64;
         }
+        self.end_events(queue)?;
+        if self.has_new_ids && !self.ids.is_empty() {
+            queue.put_ids(self.at.next_id / ID_ROW as u64, &self.ids)?;
+        }
+        self.has_new_ids = false;
         Ok(())
+    }
+
+    /// Says in the rows of idempotency keys what became of events. Those are in the order of the events.
+    fn end_events(&mut self, queue: &Queue) -> Result<(), QueueError> {
+        let mut ended = std::mem::take(&mut self.ended);
+        if ended.is_empty() {
+            return Ok(());
+        }
+        ended.sort_unstable_by_key(|(seq, ..)| *seq);
+        let current = self.at.next_id / ID_ROW as u64;
+        if self.id_rows.is_none() {
+            let mut rows = VecDeque::new();
+            for row in current.saturating_sub(self.rows_kept())..current {
+                rows.extend(queue.ids(row)?.and_then(|entries| Some((entries.first()?.seq, row))));
+            }
+            rows.extend(self.ids.first().map(|entry| (entry.seq, current)));
+            self.id_rows = Some(rows);
+        }
+        let Some(rows) = &self.id_rows else { return Ok(()) };
+        let row_of = |seq: u64| {
+            let after = rows.partition_point(|(first, _)| *first <= seq);
+            rows.get(after.checked_sub(1)?).map(|(_, row)| *row)
+        };
+        let mut open: Option<(u64, Vec<IdEntry>)> = None;
+        for (seq, ending, second) in ended {
+            let Some(row) = row_of(seq) else { continue };
+            if row == current {
+                end_in(&mut self.ids, seq, ending, second);
+                self.has_new_ids = true;
+                continue;
+            }
+            if open.as_ref().is_none_or(|(number, _)| *number != row) {
+                if let Some((number, entries)) = open.take() {
+                    queue.put_ids(number, &entries)?;
+                }
+                open = queue.ids(row)?.map(|entries| (row, entries));
+            }
+            if let Some((_, entries)) = &mut open {
+                end_in(entries, seq, ending, second);
+            }
+        }
+        match open {
+            Some((number, entries)) => queue.put_ids(number, &entries),
+            None => Ok(()),
+        }
+    }
+
+    fn rows_kept(&self) -> u64 {
+        self.dedupe_max / ID_ROW as u64 + 1
+    }
+
+    /// What is yet to be written down of dead letters.
+    pub(super) fn take_gone(&mut self) -> Vec<LetterId> {
+        std::mem::take(&mut self.gone)
     }
 
     fn apply_frame(&mut self, queue: &Queue, frame: &Frame) -> Result<(), QueueError> {
@@ -221,9 +292,17 @@ impl Applier {
                     self.end_block(queue)?;
                     self.at.block += 1;
                 }
-                self.push_id(queue, IdEntry { key: event.key.to_le_bytes(), second })
+                let seq = frame.header.seq;
+                self.push_id(queue, IdEntry { key: event.key.to_le_bytes(), second, seq, ended: None })
             }
-            Some(Record::Settled(settled)) if settled.retry_is_over => queue.remove_retry(settled.lane.0),
+            Some(Record::Settled(settled)) => {
+                self.ended.extend(settled.seqs.iter().map(|seq| (*seq, settled.ending, settled.second)));
+                if settled.retry_is_over { queue.remove_retry(settled.lane.0) } else { Ok(()) }
+            }
+            Some(Record::Gone(letters)) => {
+                self.gone.extend(letters);
+                Ok(())
+            }
             Some(Record::Deferred(deferred)) => {
                 let (lane, head, retry, due_ms) = (deferred.lane.0, deferred.head, deferred.retry, deferred.due_ms);
                 queue.put_retry(lane, &RetryRow { lane, head, retry, due_ms })
@@ -237,7 +316,7 @@ impl Applier {
                 self.changes.push((change, bytes));
                 Ok(())
             }
-            Some(Record::Settled(_) | Record::Opened(_) | Record::Sealed { .. } | Record::Dead(_)) => Ok(()),
+            Some(Record::Opened(_) | Record::Sealed { .. } | Record::Dead(_)) => Ok(()),
             None => {
                 self.damaged += 1;
                 Ok(())
@@ -247,14 +326,22 @@ impl Applier {
 
     fn push_id(&mut self, queue: &Queue, entry: IdEntry) -> Result<(), QueueError> {
         let row = self.at.next_id / ID_ROW as u64;
+        if let (true, Some(rows)) = (self.ids.is_empty(), &mut self.id_rows) {
+            rows.push_back((entry.seq, row));
+        }
         self.ids.push(entry);
+        self.has_new_ids = true;
         self.at.next_id += 1;
         if self.ids.len() >= ID_ROW {
             queue.put_ids(row, &self.ids)?;
             self.ids.clear();
-            let rows_kept = self.dedupe_max / ID_ROW as u64 + 1;
-            if let Some(old) = row.checked_sub(rows_kept) {
+            if let Some(old) = row.checked_sub(self.rows_kept()) {
                 queue.remove_ids(old)?;
+                if let Some(rows) = &mut self.id_rows {
+                    while rows.front().is_some_and(|(_, row)| *row <= old) {
+                        rows.pop_front();
+                    }
+                }
             }
         }
         Ok(())
@@ -276,9 +363,6 @@ impl Applier {
         self.change_rows(queue)?;
         if !self.block.is_empty() {
             queue.put_block(self.at.segment, 0, self.at.block, &self.block)?;
-        }
-        if !self.ids.is_empty() {
-            queue.put_ids(self.at.next_id / ID_ROW as u64, &self.ids)?;
         }
         self.state_log.write()?;
         self.at.state_log = self.state_log.number;
@@ -367,7 +451,16 @@ impl<'a> Keeper<'a> {
         let Some(applier) = self.applier.as_mut() else { return self.reopen() };
         let before = applier.damaged;
         match advance(self.inner, applier, &queue, durable) {
-            Ok(()) => lock(&self.inner.admission).applied(applier.position()),
+            Ok(()) => {
+                lock(&self.inner.admission).applied(applier.position());
+                let gone = applier.take_gone();
+                if let Err(error) = lock(&self.inner.dead).write_gone(&gone) {
+                    self.inner.failed("bury", &error);
+                    // Its records are applied again from the last position.
+                    self.applier = None;
+                    return;
+                }
+            }
             Err(error) => {
                 self.inner.failed("queue", &error);
                 self.applier = None;
@@ -486,6 +579,11 @@ impl<'a> Keeper<'a> {
             }
         }
         segments.sort_unstable_by_key(|mark| mark.number);
+        {
+            let mut dead = lock(&inner.dead);
+            dead.write_gone(&applier.take_gone())?;
+            dead.sync_gone()?;
+        }
         let checkpoint = Checkpoint {
             identity: inner.identity,
             position: snapshot.position,
@@ -564,6 +662,14 @@ pub(super) fn advance(inner: &Inner, applier: &mut Applier, queue: &Queue, to: P
         }
     }
     applier.change_rows(queue)
+}
+
+fn end_in(entries: &mut [IdEntry], seq: u64, ending: Ending, second: u32) {
+    if let Ok(at) = entries.binary_search_by_key(&seq, |entry| entry.seq)
+        && let Some(entry) = entries.get_mut(at)
+    {
+        entry.ended = Some((ending, second));
+    }
 }
 
 /// Segments that a checkpoint has freed.

@@ -45,9 +45,10 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use self::admission::{Admission, Request, Staged, Step, Ticket};
 pub use self::admission::{Post, Posted, Refusal, Rules, WithdrawCustomer};
-pub use self::codec::{Accepted, Ending};
-use self::codec::{Dead, DeferredRecord, Record, Settled};
+pub use self::codec::{Accepted, Dead, Ending};
+use self::codec::{DeferredRecord, Record, Settled};
 use self::dead_letters::DeadLetters;
+pub use self::dead_letters::{LetterFilter, LetterId};
 pub use self::journal::Appended;
 use self::journal::{SegmentFile, Writer};
 pub use self::queue::is_guarded;
@@ -211,15 +212,7 @@ impl Stored {
     /// The event; `None` for any other record.
     #[must_use]
     pub fn event(&self) -> Option<Accepted<'_>> {
-        match Record::decode(self.frame.body())? {
-            Record::Accepted(event) => Some(event),
-            Record::Opened(_)
-            | Record::Settled(_)
-            | Record::Deferred(_)
-            | Record::State(_)
-            | Record::Sealed { .. }
-            | Record::Dead(_) => None,
-        }
+        Record::decode(self.frame.body())?.into_event()
     }
 }
 
@@ -232,6 +225,53 @@ pub struct Letter {
     pub endpoint: EndpointName,
     /// The event; `None` when its record does not read back.
     pub stored: Option<Stored>,
+    /// What its last attempt failed with.
+    pub problem: Option<Arc<str>>,
+}
+
+/// A dead letter, read back.
+#[derive(Debug)]
+pub struct DeadLetter {
+    /// Its name.
+    pub id: LetterId,
+    frame: Frame,
+}
+
+impl DeadLetter {
+    /// What it says; `None` when its record does not read back.
+    #[must_use]
+    pub fn dead(&self) -> Option<Dead<'_>> {
+        match Record::decode(self.frame.body())? {
+            Record::Dead(dead) => Some(dead),
+            Record::Opened(_)
+            | Record::Accepted(_)
+            | Record::Settled(_)
+            | Record::Deferred(_)
+            | Record::State(_)
+            | Record::Sealed { .. }
+            | Record::Gone(_) => None,
+        }
+    }
+}
+
+/// A dead letter to be put back into the outbox.
+#[derive(Debug)]
+pub struct Replay<'a> {
+    /// Which.
+    pub id: LetterId,
+    /// The event as it is accepted anew.
+    pub event: Accepted<'a>,
+    /// How many events may wait for its endpoint.
+    pub events_max: u64,
+}
+
+/// What is known of an event by its id.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fate {
+    /// When it was accepted, Unix seconds.
+    pub accepted_s: u64,
+    /// How it ended, and when, in Unix seconds; `None`: it waits, or has just ended.
+    pub ended: Option<(Ending, u64)>,
 }
 
 /// Which events are being read: a slot, kept open while it is read.
@@ -413,18 +453,10 @@ impl Store {
     /// # Errors
     /// Nothing was forgotten.
     pub async fn forget(&self, plugin: Option<Plugin>, web_token: &str, now_s: u64) -> Result<(u64, u64), Refusal> {
-        let mut plugins = match plugin {
+        let plugins = match plugin {
             Some(plugin) => vec![plugin],
-            None => {
-                let mut plugins = lock(&self.inner.admission).cache.customers_of(web_token);
-                let queue = self.inner.queue().ok_or(Refusal::DiskLow)?;
-                let known = state::plugins_of(&queue, &self.hashing(), web_token);
-                plugins.extend(known.map_err(|error| self.inner.queue_failed("read", &error))?);
-                plugins
-            }
+            None => self.plugins_of(web_token)?,
         };
-        plugins.sort_unstable();
-        plugins.dedup();
         let mut known = Vec::new();
         for plugin in plugins {
             if self.customer(plugin, web_token, now_s)?.is_some() {
@@ -499,6 +531,20 @@ impl Store {
         self.inner.work.notify_one();
     }
 
+    /// The plugins at which a customer may be known.
+    ///
+    /// # Errors
+    /// It cannot be read just now.
+    pub fn plugins_of(&self, web_token: &str) -> Result<Vec<Plugin>, Refusal> {
+        let mut plugins = lock(&self.inner.admission).cache.customers_of(web_token);
+        let queue = self.inner.queue().ok_or(Refusal::DiskLow)?;
+        let known = state::plugins_of(&queue, &self.hashing(), web_token);
+        plugins.extend(known.map_err(|error| self.inner.queue_failed("read", &error))?);
+        plugins.sort_unstable();
+        plugins.dedup();
+        Ok(plugins)
+    }
+
     /// A customer as remembered.
     ///
     /// # Errors
@@ -571,10 +617,135 @@ impl Store {
                 attempts,
                 event: letter.stored.as_ref().and_then(Stored::event),
                 endpoint: letter.endpoint,
+                problem: letter.problem.as_deref(),
             })
             .collect();
         let result = lock(&self.inner.dead).bury(&dead, now_ms);
         result.inspect_err(|error| self.inner.failed("bury", error))
+    }
+
+    /// Some dead letters after `after`, oldest first. Blocks.
+    ///
+    /// # Errors
+    /// They cannot be read.
+    pub fn letters(&self, filter: &LetterFilter, after: Option<LetterId>, most: usize) -> io::Result<Vec<DeadLetter>> {
+        let first = after.map_or(LetterId::FIRST, LetterId::next);
+        let found = lock(&self.inner.dead).find(filter, first, most)?;
+        let mut letters = Vec::with_capacity(found.len());
+        for (id, offset) in found {
+            letters.extend(self.read_letter(id, offset)?);
+        }
+        Ok(letters)
+    }
+
+    /// One dead letter; `None` when there is none of that name, or no more. Blocks.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub fn letter(&self, id: LetterId) -> io::Result<Option<DeadLetter>> {
+        let offset = lock(&self.inner.dead).offset(id)?;
+        offset.map_or(Ok(None), |offset| self.read_letter(id, offset))
+    }
+
+    /// After every letter that there is now.
+    #[must_use]
+    pub fn letters_end(&self) -> LetterId {
+        lock(&self.inner.dead).end()
+    }
+
+    fn read_letter(&self, id: LetterId, offset: u32) -> io::Result<Option<DeadLetter>> {
+        let frame = DeadLetters::read(&self.inner.settings.dir, id, offset)?;
+        Ok(frame.map(|frame| DeadLetter { id, frame }))
+    }
+
+    /// Removes dead letters for good. Answers how many of them were there; when this returns, that is durable.
+    ///
+    /// # Errors
+    /// None was removed.
+    pub async fn purge(&self, ids: &[LetterId]) -> Result<u64, Refusal> {
+        let taken = self.take_letters(ids)?;
+        let ticket = lock(&self.inner.admission).stage_gone(&taken);
+        self.settle_letters(ticket, &taken).await?;
+        Ok(taken.len() as u64)
+    }
+
+    /// Puts dead letters back into the outbox, each behind what waits in its lane, except those of customers who are
+    /// switched off and those whose endpoint is full. Answers which; when this returns, that is durable.
+    ///
+    /// # Errors
+    /// None was replayed.
+    pub async fn replay(&self, replays: &[Replay<'_>], now_s: u64) -> Result<Vec<LetterId>, Refusal> {
+        let ids: Vec<LetterId> = replays.iter().map(|replay| replay.id).collect();
+        let taken = self.take_letters(&ids)?;
+        let replays: Vec<&Replay<'_>> = replays.iter().filter(|replay| taken.contains(&replay.id)).collect();
+        let staged = self.decided(|admission| admission.replay(&replays, now_s));
+        let (replayed, ticket) = match staged {
+            Ok(staged) => staged,
+            Err(refusal) => {
+                self.put_letters_back(&taken);
+                return Err(refusal);
+            }
+        };
+        let left: Vec<LetterId> = taken.into_iter().filter(|id| !replayed.contains(id)).collect();
+        self.put_letters_back(&left);
+        self.settle_letters(Ok(ticket), &replayed).await?;
+        Ok(replayed)
+    }
+
+    fn take_letters(&self, ids: &[LetterId]) -> Result<Vec<LetterId>, Refusal> {
+        let mut dead = lock(&self.inner.dead);
+        let mut taken = Vec::with_capacity(ids.len());
+        for id in ids {
+            match dead.take(*id) {
+                Ok(true) => taken.push(*id),
+                Ok(false) => {}
+                Err(error) => {
+                    self.inner.failed("read", &error);
+                    taken.iter().for_each(|id| dead.put_back(*id));
+                    return Err(Refusal::DiskLow);
+                }
+            }
+        }
+        Ok(taken)
+    }
+
+    fn put_letters_back(&self, ids: &[LetterId]) {
+        let mut dead = lock(&self.inner.dead);
+        ids.iter().for_each(|id| dead.put_back(*id));
+    }
+
+    async fn settle_letters(&self, ticket: Result<Option<Ticket>, Refusal>, ids: &[LetterId]) -> Result<(), Refusal> {
+        let result = match ticket {
+            Ok(ticket) => {
+                self.wake_writer();
+                self.wait(ticket).await
+            }
+            Err(refusal) => Err(refusal),
+        };
+        if result.is_err() {
+            self.put_letters_back(ids);
+        }
+        result
+    }
+
+    /// What is known of an event, within the window in which its id is known. Blocks.
+    ///
+    /// # Errors
+    /// It cannot be read just now.
+    pub fn fate(&self, key: EventKey, now_s: u64) -> Result<Option<Fate>, Refusal> {
+        let found = {
+            let mut admission = lock(&self.inner.admission);
+            admission.ids.expire(now_s);
+            admission.ids.number(key)
+        };
+        let Some((number, accepted_s)) = found else { return Ok(None) };
+        let queue = self.inner.queue().ok_or(Refusal::DiskLow)?;
+        let row = queue.ids(number / queue::ID_ROW as u64).map_err(|error| self.inner.queue_failed("read", &error))?;
+        let entry = row.and_then(|row| row.get((number % queue::ID_ROW as u64) as usize).copied());
+        // Not in its row yet: it was accepted just now.
+        let ended = entry.filter(|entry| entry.key == key.to_le_bytes()).and_then(|entry| entry.ended);
+        let ended = ended.map(|(ending, second)| (ending, u64::from(second)));
+        Ok(Some(Fate { accepted_s: u64::from(accepted_s), ended }))
     }
 
     /// Dead letters that are kept, by endpoint.
@@ -606,6 +777,13 @@ impl Store {
     #[must_use]
     pub fn bytes(&self) -> u64 {
         recover::bytes_below(&self.inner.settings.dir)
+    }
+
+    /// Judges by other rules from now on; how long and how many ids are known stays as it was at the start.
+    pub fn set_rules(&self, rules: Rules) {
+        let mut admission = lock(&self.inner.admission);
+        let Rules { dedupe_window_s, dedupe_max, .. } = admission.rules;
+        admission.rules = Rules { dedupe_window_s, dedupe_max, ..rules };
     }
 
     /// Refuses everything new from now on.
@@ -694,7 +872,8 @@ impl Note {
     fn into_record(self) -> Record<'static> {
         match self {
             Note::Settled { lane, ending, retry_is_over, seqs } => {
-                Record::Settled(Settled { lane, ending, retry_is_over, seqs })
+                let second = (clock::wall_ms() / 1_000) as u32;
+                Record::Settled(Settled { lane, ending, retry_is_over, second, seqs })
             }
             Note::Deferred { lane, head, retry, due_ms } => {
                 Record::Deferred(DeferredRecord { lane, head, retry, due_ms })

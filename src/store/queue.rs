@@ -22,6 +22,7 @@ use std::path::Path;
 use std::sync::mpsc;
 use std::time::Duration;
 
+use super::codec::Ending;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -32,7 +33,7 @@ const PAGE_FILL: usize = 3_500;
 /// Events of an index row.
 pub(super) const BLOCK_EVENTS: usize = 128;
 /// Idempotency keys of a row.
-pub(super) const ID_ROW: usize = 128;
+pub(super) const ID_ROW: usize = 100;
 /// Rows that one call drops.
 const NONCES_EXPIRED_AT_ONCE: usize = 1_000;
 /// sled's page cache. Rows are read at start and when a customer is not in our own cache.
@@ -133,6 +134,10 @@ pub(super) struct IndexEntry {
 pub(super) struct IdEntry {
     pub key: [u8; 16],
     pub second: u32,
+    /// The event's sequence number.
+    pub seq: u64,
+    /// How it ended, and when, in Unix seconds.
+    pub ended: Option<(Ending, u32)>,
 }
 
 impl Queue {

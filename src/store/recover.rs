@@ -160,14 +160,16 @@ impl Store {
             found: Vec::new(),
         };
         opening.find_segments().map_err(io_error(&journal))?;
-        let (queue, applier) = opening.open_queue()?;
+        let (queue, mut applier) = opening.open_queue()?;
         let remembered = |error: QueueError| OpenError::Queue(error.to_string());
         let set: BTreeMap<String, String> = queue.settings().map_err(remembered)?.into_iter().collect();
         prepare(&set, schedule);
         let mut segments = Segments::default();
         opening.load(&queue, schedule, &mut segments).map_err(io_error(&journal))?;
         let ids = opening.load_ids(&queue, applier.next_id());
-        let dead = opening.open_dead(schedule).map_err(io_error(&dir))?;
+        let mut dead = opening.open_dead(schedule).map_err(io_error(&dir))?;
+        // What the rest of the journal said is gone.
+        dead.write_gone(&applier.take_gone()).map_err(io_error(&dir))?;
         opening.restore_retries(&queue, schedule, &segments);
         let last = opening.found.last();
         let next_number = last
@@ -448,7 +450,8 @@ impl Opening<'_> {
         let none = DeadMark::default();
         let mark = self.checkpoint.as_ref().map_or(&none, |checkpoint| &checkpoint.dead);
         let dir = self.settings.dir.join("dead");
-        let (letters, found) = DeadLetters::open(dir, mark, self.settings.dead_keep_s, self.settings.dead_max)?;
+        let limits = (self.settings.dead_keep_s, self.settings.dead_max);
+        let (letters, found) = DeadLetters::open(dir, mark, self.hashing, limits)?;
         self.metrics.damaged("dead_letters", found.damaged);
         for (endpoint, lane, seq) in found.events {
             let slots: Vec<u16> = schedule.backlog.groups().map(|(slot, _)| slot).collect();
@@ -592,7 +595,7 @@ impl Loading<'_> {
                 schedule.settled_before(settled.lane, &events, 0);
             }
             Some(Record::State(_) | Record::Opened(_) | Record::Deferred(_) | Record::Sealed { .. })
-            | Some(Record::Dead(_))
+            | Some(Record::Dead(_) | Record::Gone(_))
             | None => {}
         })?;
         Ok(())
@@ -621,22 +624,15 @@ impl Loading<'_> {
 
 /// What an index row says of an event; `None` for any other record.
 pub(super) fn index_entry(frame: &Frame) -> Option<IndexEntry> {
-    match Record::decode(frame.body())? {
-        Record::Accepted(event) => Some(IndexEntry {
-            seq: frame.header.seq,
-            lane: event.lane.0,
-            endpoint: event.endpoint.number(),
-            offset: frame.header.offset,
-            second: (event.accepted_ms / 1_000) as u32,
-            len: frame.header.frame_len() as u32,
-        }),
-        Record::Opened(_)
-        | Record::Settled(_)
-        | Record::Deferred(_)
-        | Record::State(_)
-        | Record::Sealed { .. }
-        | Record::Dead(_) => None,
-    }
+    let event = Record::decode(frame.body())?.into_event()?;
+    Some(IndexEntry {
+        seq: frame.header.seq,
+        lane: event.lane.0,
+        endpoint: event.endpoint.number(),
+        offset: frame.header.offset,
+        second: (event.accepted_ms / 1_000) as u32,
+        len: frame.header.frame_len() as u32,
+    })
 }
 
 fn apply_change(queue: &Queue, hashing: &HashKey, change: &StateChange) -> Result<(), QueueError> {

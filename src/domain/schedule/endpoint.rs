@@ -32,6 +32,61 @@ pub(super) struct Down {
     pub is_probing: bool,
 }
 
+/// When an endpoint was paused, so that this time does not count as age (contract §5).
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Pauses {
+    /// (from, until) in Unix seconds, oldest first; the last one lasts while it has no end.
+    spans: Vec<(u64, Option<u64>)>,
+}
+
+/// Pauses beyond which the oldest are taken for one: an entry of the store is small.
+const SPANS_MAX: usize = 64;
+
+impl Pauses {
+    /// Whether the endpoint is paused now.
+    #[must_use]
+    pub fn is_paused(&self) -> bool {
+        self.spans.last().is_some_and(|(_, until)| until.is_none())
+    }
+
+    /// Begins a pause, unless one lasts. What ended before `forget_before` is of no interest any more.
+    pub fn begin(&mut self, now_s: u64, forget_before: u64) {
+        self.spans.retain(|(_, until)| until.is_none_or(|until| until >= forget_before));
+        if !self.is_paused() {
+            self.spans.push((now_s, None));
+        }
+        if self.spans.len() > SPANS_MAX {
+            let (_, until) = self.spans.remove(1);
+            if let Some(first) = self.spans.first_mut() {
+                first.1 = until;
+            }
+        }
+    }
+
+    /// Ends the pause that lasts.
+    pub fn end(&mut self, now_s: u64) {
+        if let Some((_, until @ None)) = self.spans.last_mut() {
+            *until = Some(now_s);
+        }
+    }
+
+    /// Whether nothing is remembered.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.spans.is_empty()
+    }
+
+    /// Seconds from `since` to `now` in which the endpoint was not paused.
+    #[must_use]
+    pub fn age(&self, since: u64, now: u64) -> u64 {
+        let paused = self.spans.iter().map(|(from, until)| {
+            let (from, until) = (since.max(*from), now.min(until.unwrap_or(now)));
+            until.saturating_sub(from)
+        });
+        now.saturating_sub(since).saturating_sub(paused.sum())
+    }
+}
+
 /// Failed attempts in a row.
 #[derive(Debug, Default)]
 struct Streak {
@@ -44,6 +99,7 @@ pub(super) struct Endpoint {
     pub name: EndpointName,
     /// `None`: no longer configured.
     pub limits: Option<Limits>,
+    pub pauses: Pauses,
     limiter: Option<Limiter>,
     /// Lanes that have not failed.
     pub fresh: VecDeque<LaneId>,
@@ -74,6 +130,7 @@ impl Endpoint {
         Endpoint {
             name,
             limits: None,
+            pauses: Pauses::default(),
             limiter: None,
             fresh: VecDeque::new(),
             tried: VecDeque::new(),
@@ -124,6 +181,9 @@ impl Endpoint {
     /// Attempts that may be in flight. `is_crowded`: more than half of all that there may be are.
     pub(super) fn room(&self, now: u64, is_crowded: bool) -> u32 {
         let Some(limits) = self.limits else { return 0 };
+        if self.pauses.is_paused() {
+            return 0;
+        }
         if self.down.as_ref().is_some_and(|down| down.is_probing) {
             return 0;
         }

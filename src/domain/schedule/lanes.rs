@@ -92,6 +92,12 @@ impl Lanes {
         self.lanes.get(id as usize)
     }
 
+    /// The lanes from that place of the table on.
+    pub(super) fn from(&self, first: LaneId) -> impl Iterator<Item = (LaneId, &Lane)> {
+        let known = self.lanes.iter().enumerate().skip(first as usize).map(|(id, lane)| (id as LaneId, lane));
+        known.filter(|(_, lane)| lane.state != State::Free)
+    }
+
     pub(super) fn get_mut(&mut self, id: LaneId) -> Option<&mut Lane> {
         self.lanes.get_mut(id as usize)
     }

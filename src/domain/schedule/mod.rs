@@ -16,6 +16,7 @@ use std::cmp::Reverse;
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::time::Duration;
 
+pub use self::endpoint::Pauses;
 use self::endpoint::{Down, Endpoint, ToldClock};
 pub use self::lanes::{LaneId, Retry};
 use self::lanes::{Lanes, State};
@@ -149,6 +150,10 @@ pub struct EndpointView {
     pub in_flight: u32,
     /// Whether it is up.
     pub is_up: bool,
+    /// Whether pushing is stopped.
+    pub is_paused: bool,
+    /// Attempts in flight that it has earned.
+    pub window: u32,
     /// When its oldest event was accepted, Unix seconds.
     pub oldest: Option<u32>,
     /// Microseconds in which a lane was ready and the rate forbade it.
@@ -159,14 +164,39 @@ impl EndpointView {
     /// The contract's word for it (§6).
     #[must_use]
     pub fn state(&self) -> &'static str {
-        if self.is_up { "up" } else { "down" }
+        match (self.is_paused, self.is_up) {
+            (true, _) => "paused",
+            (false, true) => "up",
+            (false, false) => "down",
+        }
     }
+}
+
+/// How a lane stands, for people.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LaneView {
+    /// Its place in the table.
+    pub id: LaneId,
+    /// Its key.
+    pub key: LaneKey,
+    /// Its endpoint.
+    pub endpoint: EndpointName,
+    /// Its first event.
+    pub head: Handle,
+    /// Events that wait, in flight included.
+    pub events: u32,
+    /// Whether a push is in flight.
+    pub in_flight: bool,
+    /// What is known of the push at its head, when that has failed.
+    pub retry: Option<Retry>,
 }
 
 #[derive(Debug)]
 struct Flight {
     /// Events offered to the push.
     offered: u32,
+    /// How many of the lane's first events are to be given up afterwards.
+    bury: u32,
     is_probe: bool,
     /// The customer was toggled off or forgotten meanwhile.
     is_withdrawn: bool,
@@ -222,6 +252,90 @@ impl Schedule {
             endpoint.set_limits(limits, &clock);
         }
         self.touch(id, now);
+    }
+
+    /// Goes by other rules from now on.
+    pub fn set_settings(&mut self, settings: Settings) {
+        self.settings = settings;
+    }
+
+    /// Pauses an endpoint or lets it go on.
+    pub fn set_pauses(&mut self, name: EndpointName, pauses: Pauses, now: u64) {
+        let id = self.endpoint_id(name);
+        if let Some(endpoint) = self.endpoint_mut(id) {
+            endpoint.pauses = pauses;
+        }
+        self.touch(id, now);
+    }
+
+    /// Makes all lanes of an endpoint due, and its next probe if it is down; what a 429 or 503 asked for is forgotten.
+    pub fn retry_now(&mut self, name: EndpointName, now: u64) {
+        let Some(id) = self.by_name.get(&name).copied() else { return };
+        let Some(endpoint) = self.endpoint_mut(id) else { return };
+        endpoint.held_until = 0;
+        if let Some(down) = endpoint.down.as_mut() {
+            down.due = now;
+        }
+        let timers = std::mem::take(&mut endpoint.timers);
+        self.requeue(id, timers.into_sorted_vec());
+        self.touch(id, now);
+    }
+
+    /// Takes a permit of an endpoint's rate for an attempt beside the lanes.
+    ///
+    /// # Errors
+    /// How long to wait for one.
+    pub fn take_permit(&mut self, name: EndpointName, now: u64) -> Result<(), Duration> {
+        self.advance_clock(now);
+        let clock = self.clock.clone();
+        let id = self.endpoint_id(name);
+        let Some(endpoint) = self.endpoint_mut(id) else { return Ok(()) };
+        if endpoint.take_permit(&clock, now) {
+            return Ok(());
+        }
+        Err(Duration::from_micros(endpoint.rate_limited_until.saturating_sub(now)))
+    }
+
+    /// Gives up what waits in a lane, or only its first event. What is in flight is given up if the attempt fails.
+    /// Answers how many events that is at most.
+    pub fn bury(&mut self, lane_id: LaneId, first_only: bool) -> u32 {
+        let Some(lane) = self.lanes.get(lane_id).copied() else { return 0 };
+        let count = if first_only { lane.len.min(1) } else { lane.len };
+        match lane.state {
+            State::Free | State::Burying => 0,
+            State::Ready | State::Waiting => {
+                self.begin_burying(lane_id, count, DeathReason::Buried);
+                count
+            }
+            State::Flying => match self.flights.get_mut(&lane_id) {
+                Some(flight) if !flight.is_withdrawn => {
+                    flight.bury = flight.bury.max(count);
+                    count
+                }
+                Some(_) | None => 0,
+            },
+        }
+    }
+
+    /// Whether anything is being given up.
+    #[must_use]
+    pub fn is_burying(&self) -> bool {
+        !self.burying.is_empty() || self.flights.values().any(|flight| flight.bury > 0)
+    }
+
+    /// The lanes in which something waits, from that place of the table on.
+    pub fn lanes_from(&self, first: LaneId) -> impl Iterator<Item = LaneView> {
+        self.lanes.from(first).filter(|(_, lane)| lane.len > 0).filter_map(|(id, lane)| {
+            Some(LaneView {
+                id,
+                key: lane.key,
+                endpoint: self.endpoints.get(lane.endpoint as usize)?.name,
+                head: lane.head,
+                events: lane.len,
+                in_flight: lane.state == State::Flying,
+                retry: self.lanes.retry(id).copied(),
+            })
+        })
     }
 
     /// Takes an endpoint away: what waits for it is given up as `endpoint_removed`.
@@ -358,6 +472,13 @@ impl Schedule {
                 | Verdict::Damaged => {
                     self.not_delivered(lane_id, taken, verdict, &flight, &mut outcome, moment);
                 }
+            }
+        }
+        if flight.bury > 0 && !flight.is_withdrawn {
+            let left = flight.bury.saturating_sub(outcome.delivered.len() as u32);
+            let is_waiting = |lane: &lanes::Lane| matches!(lane.state, State::Ready | State::Waiting);
+            if left > 0 && self.lanes.get(lane_id).is_some_and(|lane| is_waiting(lane)) {
+                self.begin_burying(lane_id, left, DeathReason::Buried);
             }
         }
         self.touch(lane.endpoint, moment.now);
@@ -533,6 +654,8 @@ impl Schedule {
             events: endpoint.events,
             in_flight: endpoint.in_flight,
             is_up: endpoint.down.is_none(),
+            is_paused: endpoint.pauses.is_paused(),
+            window: endpoint.window,
             oldest: endpoint.ages.oldest(),
             rate_limited: endpoint.rate_limited,
         })
@@ -651,7 +774,7 @@ impl Schedule {
         } else if max_attempts > 0 && retry.attempts >= max_attempts {
             Some((taken, DeathReason::Attempts))
         } else {
-            let expired = self.expired(lane.head, taken, moment.second);
+            let expired = self.expired(lane.endpoint, lane.head, taken, moment.second);
             (expired > 0).then_some((expired, DeathReason::Expired))
         };
         if let Some((count, reason)) = death {
@@ -696,9 +819,10 @@ impl Schedule {
     }
 
     /// How many of a lane's first `most` events are too old.
-    fn expired(&self, head: Handle, most: u32, second: u64) -> u32 {
-        let too_old =
-            |event: &Handle| second.saturating_sub(u64::from(self.backlog.second(*event))) >= self.settings.max_age_s;
+    fn expired(&self, endpoint: u32, head: Handle, most: u32, second: u64) -> u32 {
+        let Some(endpoint) = self.endpoints.get(endpoint as usize) else { return 0 };
+        let age = |event: &Handle| endpoint.pauses.age(u64::from(self.backlog.second(*event)), second);
+        let too_old = |event: &Handle| age(event) >= self.settings.max_age_s;
         self.chain(head, most).iter().take_while(|event| too_old(event)).count() as u32
     }
 
@@ -706,7 +830,7 @@ impl Schedule {
     fn expire_ready(&mut self, id: u32, second: u64) {
         let max_age_s = self.settings.max_age_s;
         let Some(endpoint) = self.endpoint_mut(id) else { return };
-        if endpoint.ages.oldest().is_none_or(|oldest| second.saturating_sub(u64::from(oldest)) < max_age_s) {
+        if endpoint.ages.oldest().is_none_or(|oldest| endpoint.pauses.age(u64::from(oldest), second) < max_age_s) {
             return;
         }
         for is_tried in [false, true] {
@@ -716,7 +840,7 @@ impl Schedule {
             for lane_id in queue {
                 let is_here = |lane: &&lanes::Lane| lane.endpoint == id && lane.state == State::Ready;
                 let Some(lane) = self.lanes.get(lane_id).filter(is_here) else { continue };
-                let expired = self.expired(lane.head, lane.len, second);
+                let expired = self.expired(id, lane.head, lane.len, second);
                 if expired > 0 {
                     self.begin_burying(lane_id, expired, DeathReason::Expired);
                 } else {
@@ -927,7 +1051,7 @@ impl Schedule {
         if let Some(lane) = self.lanes.get_mut(lane_id) {
             lane.state = State::Flying;
         }
-        let flight = Flight { offered: events.len() as u32, is_probe, is_withdrawn: false, mark };
+        let flight = Flight { offered: events.len() as u32, bury: 0, is_probe, is_withdrawn: false, mark };
         self.flights.insert(lane_id, flight);
         Some(Start { lane: lane_id, endpoint: name, events, is_fixed: retry.fixed > 0, attempt: retry.tries + 1 })
     }

@@ -1,0 +1,292 @@
+//! What the rest of the program asks of the relay: views, and what an operator does.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use serde_json::json;
+use tokio::sync::oneshot;
+
+use super::deliverer::{Deliverer, Push};
+use super::{Relay, Settings};
+use crate::clock;
+use crate::config::{Endpoints, UrlRule};
+use crate::domain::endpoint::{EndpointName, Plugin};
+use crate::domain::keys::LaneKey;
+use crate::domain::outcome::Report;
+use crate::domain::schedule::{self, EndpointView, LaneId, LaneView, Pauses};
+use crate::store::Reader;
+
+/// What the rest of the program asks. Whoever asked may have gone when it is answered.
+#[derive(Debug)]
+pub enum Command {
+    /// How everything stands.
+    View(oneshot::Sender<View>),
+    /// How many events of a customer wait.
+    Waiting {
+        /// The customer's plugin.
+        plugin: Plugin,
+        /// The customer.
+        web_token: String,
+        /// Answered with the number.
+        reply: oneshot::Sender<u64>,
+    },
+    /// Some of the lanes in which something waits.
+    Lanes {
+        /// Only of this endpoint.
+        endpoint: Option<EndpointName>,
+        /// Only these.
+        keys: Option<Vec<LaneKey>>,
+        /// After this one.
+        after: Option<LaneId>,
+        /// Most of them.
+        most: usize,
+        /// Answered with them.
+        reply: oneshot::Sender<Vec<LaneShown>>,
+    },
+    /// Give up what waits in lanes.
+    Bury {
+        /// All lanes of this endpoint …
+        endpoint: EndpointName,
+        /// … or only these.
+        keys: Option<Vec<LaneKey>>,
+        /// Only the first event of each.
+        first_only: bool,
+        /// Answered with how many events, when that is done.
+        reply: oneshot::Sender<u64>,
+    },
+    /// An endpoint is paused, or goes on.
+    Pause {
+        /// Which.
+        endpoint: EndpointName,
+        /// When it was, and whether it is.
+        pauses: Pauses,
+        /// Answered.
+        reply: oneshot::Sender<()>,
+    },
+    /// All lanes of an endpoint are due now.
+    RetryNow(EndpointName, oneshot::Sender<()>),
+    /// One push at once, to see what comes of it.
+    Test(EndpointName, oneshot::Sender<Tested>),
+    /// From now on there are these endpoints and rules; answered when that is so.
+    Configure(Box<Configure>),
+    /// Whether the relay's task goes round.
+    Ping(oneshot::Sender<()>),
+    /// Start nothing more; answered when nothing is in flight.
+    Drain(oneshot::Sender<()>),
+}
+
+/// What the relay is to go by from now on.
+#[derive(Debug)]
+pub struct Configure {
+    /// All endpoints.
+    pub endpoints: Arc<Endpoints>,
+    /// What may be connected to.
+    pub rule: Arc<UrlRule>,
+    /// With certificates read anew, and other rules: after a reload.
+    pub reloaded: Option<(Deliverer, Settings, schedule::Settings)>,
+    /// Answered.
+    pub reply: oneshot::Sender<()>,
+}
+
+/// How everything stands.
+#[derive(Debug)]
+pub struct View {
+    /// Every endpoint that is configured or has events.
+    pub endpoints: Vec<EndpointView>,
+    /// What the last attempt of an endpoint failed with; nothing after a success.
+    pub last_errors: HashMap<EndpointName, Arc<str>>,
+    /// Bytes of records that wait, about.
+    pub outbox_bytes: u64,
+}
+
+/// A lane, with where its first event is.
+#[derive(Debug)]
+pub struct LaneShown {
+    /// How it stands.
+    pub lane: LaneView,
+    /// Its first event's segment and offset.
+    pub head: (Option<Reader>, u32),
+    /// When it is due next; `None`: now, or when its endpoint lets it.
+    pub wait: Option<Duration>,
+    /// What its last attempt failed with.
+    pub last_error: Option<Arc<str>>,
+}
+
+/// What came of a test.
+#[derive(Debug)]
+pub enum Tested {
+    /// There is no such endpoint.
+    Unknown,
+    /// The endpoint's rate forbids it for so long.
+    NotBefore(Duration),
+    /// The attempt was made: its result, the status where there was one, and how long it took.
+    Made {
+        /// As in metrics.
+        result: &'static str,
+        /// The HTTP status.
+        status: Option<u16>,
+        /// How long.
+        took: Duration,
+        /// What there is to say of a failure.
+        detail: Option<String>,
+    },
+}
+
+impl Relay {
+    pub(super) fn answer(&mut self, command: Command) {
+        match command {
+            Command::View(reply) => drop(reply.send(self.view())),
+            Command::Waiting { plugin, web_token, reply } => {
+                let hashing = self.store.hashing();
+                let mut lanes = vec![EndpointName::of(plugin), EndpointName::DEFAULT];
+                lanes.dedup();
+                let waiting = lanes
+                    .into_iter()
+                    .map(|endpoint| hashing.lane(endpoint, plugin, &web_token))
+                    .map(|lane| u64::from(self.schedule.waiting(lane)))
+                    .sum();
+                reply.send(waiting).ok();
+            }
+            Command::Lanes { endpoint, keys, after, most, reply } => {
+                reply.send(self.lanes(endpoint, keys, after, most)).ok();
+            }
+            Command::Bury { endpoint, keys, first_only, reply } => self.bury_lanes(endpoint, keys, first_only, reply),
+            Command::Pause { endpoint, pauses, reply } => {
+                self.schedule.set_pauses(endpoint, pauses, clock::micros());
+                reply.send(()).ok();
+            }
+            Command::RetryNow(endpoint, reply) => {
+                self.schedule.retry_now(endpoint, clock::micros());
+                reply.send(()).ok();
+            }
+            Command::Ping(reply) => drop(reply.send(())),
+            Command::Test(endpoint, reply) => self.test(endpoint, reply),
+            Command::Configure(configure) => {
+                let Configure { endpoints, rule, reloaded, reply } = *configure;
+                if let Some((deliverer, settings, rules)) = reloaded {
+                    self.deliverer = deliverer;
+                    self.settings = Arc::new(settings);
+                    self.schedule.set_settings(rules);
+                }
+                self.configure(&endpoints, &rule);
+                reply.send(()).ok();
+            }
+            Command::Drain(reply) => {
+                self.is_draining = true;
+                self.drain = Some(reply);
+            }
+        }
+    }
+
+    fn view(&mut self) -> View {
+        let views: Vec<EndpointView> =
+            self.schedule.endpoints().filter(|view| self.targets.contains_key(&view.name) || view.events > 0).collect();
+        for view in &views {
+            let before = self.rate_limited.insert(view.name, view.rate_limited).unwrap_or(0);
+            let seconds = Duration::from_micros(view.rate_limited.saturating_sub(before)).as_secs_f64();
+            self.metrics_of(view.name).rate_limited_seconds.inc_by(seconds);
+        }
+        let last_errors = self.last_errors.clone();
+        View { endpoints: views, last_errors, outbox_bytes: self.schedule.backlog.live_bytes() }
+    }
+
+    fn lanes(
+        &self,
+        endpoint: Option<EndpointName>,
+        keys: Option<Vec<LaneKey>>,
+        after: Option<LaneId>,
+        most: usize,
+    ) -> Vec<LaneShown> {
+        let now = clock::micros();
+        let first = after.map_or(0, |after| after.saturating_add(1));
+        let is_asked = |lane: &LaneView| {
+            endpoint.is_none_or(|endpoint| endpoint == lane.endpoint)
+                && keys.as_ref().is_none_or(|keys| keys.contains(&lane.key))
+        };
+        let shown = |lane: LaneView| LaneShown {
+            head: (self.store.reader(lane.head.slot()), self.schedule.backlog.offset(lane.head)),
+            wait: lane
+                .retry
+                .and_then(|retry| retry.due.checked_sub(now))
+                .filter(|_| !lane.in_flight)
+                .map(Duration::from_micros),
+            last_error: self.lane_errors.get(&lane.id).cloned(),
+            lane,
+        };
+        self.schedule.lanes_from(first).filter(is_asked).take(most).map(shown).collect()
+    }
+
+    fn bury_lanes(
+        &mut self,
+        endpoint: EndpointName,
+        keys: Option<Vec<LaneKey>>,
+        first_only: bool,
+        reply: oneshot::Sender<u64>,
+    ) {
+        let lanes: Vec<LaneId> = match keys {
+            Some(keys) => keys.into_iter().filter_map(|key| self.schedule.lane_id(key)).collect(),
+            None => self.schedule.lanes_from(0).filter(|lane| lane.endpoint == endpoint).map(|lane| lane.id).collect(),
+        };
+        let count = lanes.into_iter().map(|lane| u64::from(self.schedule.bury(lane, first_only))).sum();
+        self.bury_waiters.push((count, reply));
+    }
+
+    /// Answers those who gave something up, when all of it is dead letters.
+    pub(super) fn answer_buried(&mut self) {
+        if !self.bury_waiters.is_empty() && !self.schedule.is_burying() {
+            for (count, reply) in self.bury_waiters.drain(..) {
+                reply.send(count).ok();
+            }
+        }
+    }
+
+    fn test(&mut self, endpoint: EndpointName, reply: oneshot::Sender<Tested>) {
+        let Some(target) = self.targets.get(&endpoint).cloned() else {
+            reply.send(Tested::Unknown).ok();
+            return;
+        };
+        if let Err(wait) = self.schedule.take_permit(endpoint, clock::micros()) {
+            reply.send(Tested::NotBefore(wait)).ok();
+            return;
+        }
+        let id = clock::random_id();
+        let body = json!({
+            "web_token": "h5push-relay-test",
+            "messages": [{
+                "type": "test",
+                "message_id": format!("test_{id:032x}"),
+                "data": { "content": "A test of h5push-relay: your address works." },
+            }],
+        });
+        let push = Push { id: format!("msg_test_{id:032x}"), attempt: 1, body: Bytes::from(body.to_string()) };
+        let (deliverer, timeout) = (self.deliverer.clone(), self.settings.timeout);
+        let metrics = self.metrics_of(endpoint);
+        tokio::spawn(async move {
+            let begun = clock::now();
+            let seen = match deliverer.attempt(&target, &push, timeout, || true).await {
+                // The pooled connection was closed: that says nothing of the address.
+                Some(seen) if seen.report == Report::StaleConnection => {
+                    deliverer.attempt(&target, &push, timeout, || true).await
+                }
+                seen => seen,
+            };
+            let Some(seen) = seen else { return };
+            let result = seen.report.result();
+            metrics.attempt(result);
+            let status = match seen.report {
+                Report::Status { code, .. } => Some(code),
+                Report::Timeout
+                | Report::Connect
+                | Report::Tls
+                | Report::BlockedAddress
+                | Report::Io
+                | Report::StaleConnection
+                | Report::SurveyCode(_) => None,
+            };
+            let (result, took, detail) = (result.as_str(), begun.elapsed(), seen.detail);
+            reply.send(Tested::Made { result, status, took, detail }).ok();
+        });
+    }
+}
