@@ -238,6 +238,40 @@ impl App {
     }
 }
 
+/// A store that was opened without a relay, to be looked at.
+#[derive(Debug)]
+pub struct Stopped {
+    /// The store.
+    pub store: Store,
+    /// What waits in it.
+    pub schedule: Schedule,
+    threads: Threads,
+    notices: mpsc::Receiver<store::Notice>,
+}
+
+/// Opens the data directory of a relay that is stopped. What the config says of endpoints is of no account: nothing is
+/// given up.
+///
+/// # Errors
+/// The directory cannot be used, or a relay uses it.
+pub fn open_stopped(config: &Config) -> Result<Stopped, StartError> {
+    let mut schedule = Schedule::new(schedule_settings(config));
+    let metrics = Metrics::new(config.metrics_max_endpoints)?;
+    let (tell, notices) = mpsc::channel(NOTICES_MAX);
+    let prepare = |_: &_, _: &mut Schedule| ();
+    let settings = store_settings(config);
+    let (store, threads) = Store::open(settings, metrics.store, &mut schedule, prepare, tell)?;
+    Ok(Stopped { store, schedule, threads, notices })
+}
+
+impl Stopped {
+    /// Ends the store's threads.
+    pub fn close(self) {
+        drop(self.notices);
+        self.store.end(self.threads);
+    }
+}
+
 fn new_api(
     config: &Arc<Config>,
     endpoints: Endpoints,

@@ -336,15 +336,8 @@ impl Metrics {
             )?)?,
             toggles: make.counters("h5push_toggles_total", "Toggles set, by state.", &["state"])?,
             surveys: make.counters("h5push_surveys_total", "Surveys received, by outcome.", &["outcome"])?,
-            open_api_requests: make.counters(
-                "h5push_open_api_requests_total",
-                "Calls of the open API, by path and the code that was answered.",
-                &["path", "code"],
-            )?,
-            reload_successful: make.gauge(
-                "h5push_config_last_reload_successful",
-                "Whether the config that was read last is the one that runs.",
-            )?,
+            open_api_requests: make.open_api_requests()?,
+            reload_successful: make.reload_successful()?,
             endpoints,
             registry: registry.clone(),
         };
@@ -485,6 +478,21 @@ impl Maker<'_> {
         let collector = prometheus::process_collector::ProcessCollector::for_self();
         self.registry.register(Box::new(collector))?;
         Ok(())
+    }
+
+    fn open_api_requests(&self) -> Result<IntCounterVec, prometheus::Error> {
+        self.counters(
+            "h5push_open_api_requests_total",
+            "Calls of the open API, by path and the code that was answered.",
+            &["path", "code"],
+        )
+    }
+
+    fn reload_successful(&self) -> Result<IntGauge, prometheus::Error> {
+        self.gauge(
+            "h5push_config_last_reload_successful",
+            "Whether the config that was read last is the one that runs.",
+        )
     }
 
     fn counters(&self, name: &str, help: &str, labels: &[&str]) -> Result<IntCounterVec, prometheus::Error> {

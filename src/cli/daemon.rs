@@ -30,7 +30,7 @@ pub(super) fn run(config: Config, read: impl Fn() -> Result<Config, crate::confi
         notify(&[NotifyState::Ready, NotifyState::Status(&app.summary())]);
         // Often enough that one ping may be late.
         let every = sd_notify::watchdog_enabled().map_or(STATUS_EVERY, |limit| limit / 3);
-        let mut tick = tokio::time::interval(every);
+        let mut tick = tokio::time::interval_at(tokio::time::Instant::now() + every, every);
         loop {
             tokio::select! {
                 _ = terminate.recv() => break,

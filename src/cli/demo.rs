@@ -29,6 +29,7 @@ struct Phone {
     messages: Mutex<Vec<String>>,
     status: AtomicU16,
     failures: AtomicU16,
+    surveys: AtomicU16,
     changed: Notify,
 }
 
@@ -89,10 +90,13 @@ async fn play(dir: &Path) -> anyhow::Result<()> {
     demo.post("close", "Conversation closed", true, false, "queued").await?;
     demo.arrive().await?;
 
+    say("6. The customer rates the conversation; the rating reaches the IM server.");
+    demo.survey().await?;
+
     let count = demo.sent.len();
     app.stop().await;
     say(&format!(
-        "\nAll {count} messages that were accepted came through, once each and in order.\n\n\
+        "\nAll {count} messages that were accepted came through, once each and in order, and the rating too.\n\n\
          How to go on:\n\
          - h5push-relay receiver --listen 127.0.0.1:9000      prints the pushes that it gets\n\
          - cp config.example.toml my.toml, give it a data_dir and the address under [endpoints.default]\n\
@@ -110,6 +114,7 @@ fn config(dir: &Path, receiver: SocketAddr) -> anyhow::Result<Config> {
          [metrics]\nlisten = \"127.0.0.1:0\"\n\
          [outbox]\nmin_free_disk = 0\n\
          [endpoints.default]\nurl = \"http://{receiver}/push\"\n\
+         [im_server]\nsurvey_url = \"http://{receiver}/surveys\"\n\
          [backoff]\ninitial = \"300ms\"\n\
          [push]\nallow_networks = [\"127.0.0.0/8\"]\n"
     );
@@ -163,8 +168,15 @@ impl Demo {
         Ok(())
     }
 
+    async fn survey(&self) -> anyhow::Result<()> {
+        let body = json!({ "im_sub_session_id": 3001, "option_id": 5, "remark": "很好" });
+        let (_, answer) = self.call("/open_api_v1/im/sessions/survey", body.to_string()).await?;
+        say(&format!("   POST /open_api_v1/im/sessions/survey -> {answer}"));
+        self.phone.wait("the survey to arrive", |phone| phone.surveys.load(Ordering::SeqCst) > 0).await
+    }
+
     async fn call(&self, path: &str, body: String) -> anyhow::Result<(StatusCode, Value)> {
-        let (status, answer) = http::call(self.relay, Method::POST, path, "application/json", body).await?;
+        let (status, answer) = http::Client::of(self.relay).call(Method::POST, path, "application/json", body).await?;
         Ok((status, serde_json::from_slice(&answer)?))
     }
 
@@ -184,6 +196,12 @@ impl Phone {
     fn take(&self, received: &http::Received) -> StatusCode {
         let status = StatusCode::from_u16(self.status.load(Ordering::SeqCst)).unwrap_or(StatusCode::OK);
         let body: Value = serde_json::from_slice(&received.body).unwrap_or_default();
+        if received.path == "/surveys" {
+            say(&format!("   <- survey {body}"));
+            self.surveys.fetch_add(1, Ordering::SeqCst);
+            self.changed.notify_one();
+            return status;
+        }
         let messages = body.get("messages").and_then(Value::as_array).cloned().unwrap_or_default();
         if status == StatusCode::OK {
             say(&format!(

@@ -1,46 +1,95 @@
 //! A small client and a small server on loopback, for the subcommands that try things out.
 
 use std::convert::Infallible;
+use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full, Limited};
-use hyper::header::{CONTENT_TYPE, HOST};
+use hyper::header::{AUTHORIZATION, CONTENT_TYPE, HOST, HeaderValue};
 use hyper::service::service_fn;
 use hyper::{HeaderMap, Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpStream, UnixStream};
+
+use crate::config::{Listen, Secret};
 
 /// Largest body that is read, bytes.
 const BODY_MAX: usize = 64 << 20;
 /// How long an answer may take.
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 
-/// Sends one request and reads the answer.
-pub(super) async fn call(
-    address: SocketAddr,
-    method: Method,
-    path: &str,
-    content_type: &'static str,
-    body: String,
-) -> anyhow::Result<(StatusCode, Bytes)> {
-    let exchange = async {
-        let stream = TcpStream::connect(address).await.with_context(|| format!("connecting to {address}"))?;
-        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-        tokio::spawn(connection);
-        let request = Request::builder()
+/// Where a listener is that is called.
+#[derive(Clone, Debug)]
+pub(super) struct Client {
+    /// Where it listens.
+    pub listen: Listen,
+    /// What it wants to know.
+    pub token: Option<Secret>,
+    /// How long an answer may take.
+    pub patience: Duration,
+}
+
+impl Client {
+    /// One that listens on TCP and asks for no token.
+    pub(super) fn of(address: SocketAddr) -> Client {
+        Client { listen: Listen::Tcp(address), token: None, patience: ANSWER_LIMIT }
+    }
+
+    /// Sends one request and reads the answer.
+    pub(super) async fn call(
+        &self,
+        method: Method,
+        path: &str,
+        content_type: &'static str,
+        body: String,
+    ) -> anyhow::Result<(StatusCode, Bytes)> {
+        let host = match &self.listen {
+            Listen::Tcp(address) => address.to_string(),
+            Listen::Unix(_) => "localhost".to_owned(),
+        };
+        let mut request = Request::builder()
             .method(method)
             .uri(path)
-            .header(HOST, address.to_string())
+            .header(HOST, host)
             .header(CONTENT_TYPE, content_type)
             .body(Full::new(Bytes::from(body)))?;
-        let response = sender.send_request(request).await?;
-        let status = response.status();
-        anyhow::Ok((status, read(response.into_body()).await?))
-    };
-    tokio::time::timeout(ANSWER_LIMIT, exchange).await.context("no answer")?
+        if let Some(token) = &self.token {
+            let mut value = HeaderValue::try_from(format!("Bearer {}", token.expose()))?;
+            value.set_sensitive(true);
+            request.headers_mut().insert(AUTHORIZATION, value);
+        }
+        let connected = async {
+            match &self.listen {
+                Listen::Tcp(address) => {
+                    let stream = TcpStream::connect(address).await?;
+                    Ok::<_, io::Error>(send(TokioIo::new(stream), request).await)
+                }
+                Listen::Unix(path) => Ok(send(TokioIo::new(UnixStream::connect(path).await?), request).await),
+            }
+        };
+        let answered = tokio::time::timeout(self.patience, connected).await;
+        answered.with_context(|| format!("{} does not answer", self.listen))?.with_context(|| {
+            format!(
+                "nobody listens on {}. Is the relay running (systemctl status h5push-relay), and is this its config \
+                 (--config FILE)?",
+                self.listen
+            )
+        })?
+    }
+}
+
+async fn send<I>(io: I, request: Request<Full<Bytes>>) -> anyhow::Result<(StatusCode, Bytes)>
+where
+    I: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
+{
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(io).await?;
+    tokio::spawn(connection);
+    let response = sender.send_request(request).await?;
+    let status = response.status();
+    Ok((status, read(response.into_body()).await?))
 }
 
 /// What a receiver got.

@@ -4,13 +4,18 @@ mod check;
 mod daemon;
 mod demo;
 mod http;
+mod operate;
 mod receiver;
+mod store;
+mod table;
+mod verify;
 
+use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory as _, Parser, Subcommand};
 
 use crate::config::{Config, ConfigError};
 
@@ -26,18 +31,40 @@ struct Arguments {
     #[arg(long, global = true, value_name = "FILE", default_value = "/etc/h5push-relay/config.toml")]
     config: PathBuf,
     /// Where the data is, instead of the config's data_dir.
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, global = true, value_name = "DIR")]
     data_dir: Option<PathBuf>,
+    /// Prints JSON, for machines.
+    #[arg(long, global = true)]
+    json: bool,
     #[command(subcommand)]
     command: Option<Call>,
 }
 
 #[derive(Debug, Subcommand)]
 enum Call {
+    #[command(flatten)]
+    Operate(operate::Operate),
+    /// Looks at the data directory of a relay that is stopped.
+    #[command(subcommand)]
+    Store(store::StoreCall),
+    /// Prints a completion script for a shell.
+    Completions {
+        /// Which.
+        shell: clap_complete::Shell,
+    },
+    /// Prints the man page, or writes one for each subcommand into a directory.
+    Man {
+        /// Where to.
+        #[arg(long, value_name = "DIR")]
+        dir: Option<PathBuf>,
+    },
     /// Checks the config file and prints the endpoints and the retry table that come of it.
     CheckConfig,
     /// Shows the relay at work: a relay on free ports and a throw-away directory, a receiver, a conversation.
     Demo,
+    /// Says whether a push is signed rightly, or why not: for whoever builds a receiver. The body is read from standard
+    /// input, byte for byte as it came.
+    Verify(verify::Verify),
     /// Receives pushes and prints them: for trying things out.
     Receiver {
         /// Where to listen.
@@ -66,14 +93,27 @@ pub fn run() -> ExitCode {
         eprintln!("{panic}");
         std::process::abort();
     }));
+    let shared = Shared { config: arguments.config, data_dir: arguments.data_dir };
     let result = match arguments.command {
-        None => read_config(&arguments)
+        None => read_config(&shared)
             .map_err(anyhow::Error::from)
-            .and_then(|config| daemon::run(config, || read_config(&arguments))),
+            .and_then(|config| daemon::run(config, || read_config(&shared))),
         Some(Call::CheckConfig) => {
-            read_config(&arguments).map_err(anyhow::Error::from).and_then(|config| check::print(&config))
+            read_config(&shared).map_err(anyhow::Error::from).and_then(|config| check::print(&config))
         }
+        Some(Call::Operate(operate)) => read_config(&shared)
+            .map_err(anyhow::Error::from)
+            .and_then(|config| operate.run(config.local, arguments.json)),
+        Some(Call::Store(call)) => {
+            read_config(&shared).map_err(anyhow::Error::from).and_then(|config| call.run(&config, arguments.json))
+        }
+        Some(Call::Completions { shell }) => {
+            clap_complete::generate(shell, &mut Arguments::command(), "h5push-relay", &mut io::stdout());
+            Ok(())
+        }
+        Some(Call::Man { dir }) => man(dir),
         Some(Call::Demo) => demo::run(),
+        Some(Call::Verify(verify)) => verify.run(),
         Some(Call::Receiver { listen, secret, fail }) => receiver::run(listen, secret.as_deref(), fail),
     };
     match result {
@@ -88,7 +128,20 @@ pub fn run() -> ExitCode {
     }
 }
 
-fn read_config(arguments: &Arguments) -> Result<Config, ConfigError> {
+/// Where config and data are.
+struct Shared {
+    config: PathBuf,
+    data_dir: Option<PathBuf>,
+}
+
+fn man(dir: Option<PathBuf>) -> anyhow::Result<()> {
+    match dir {
+        Some(dir) => Ok(clap_mangen::generate_to(Arguments::command(), dir)?),
+        None => Ok(clap_mangen::Man::new(Arguments::command()).render(&mut io::stdout())?),
+    }
+}
+
+fn read_config(arguments: &Shared) -> Result<Config, ConfigError> {
     let mut config = Config::read(&arguments.config)?;
     if let Some(dir) = &arguments.data_dir {
         config.data_dir.clone_from(dir);

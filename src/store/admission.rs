@@ -123,6 +123,9 @@ pub(super) struct Ticket {
 /// A customer after a change, and what to wait for.
 pub(super) type Changed = (Customer, Option<Ticket>);
 
+/// Which letters were put back, and what to wait for.
+pub(super) type Replayed = (Vec<LetterId>, Option<Ticket>);
+
 /// Either what was decided, or which rows must be fetched first.
 pub(super) enum Step<T> {
     Done(T),
@@ -304,11 +307,7 @@ impl Admission {
     ///
     /// # Errors
     /// The request is refused, and nothing changed.
-    pub(super) fn replay(
-        &mut self,
-        replays: &[&Replay<'_>],
-        now_s: u64,
-    ) -> Result<Step<(Vec<LetterId>, Option<Ticket>)>, Refusal> {
+    pub(super) fn replay(&mut self, replays: &[&Replay<'_>], now_s: u64) -> Result<Step<Replayed>, Refusal> {
         self.check_open()?;
         if self.is_disk_low {
             return Err(Refusal::DiskLow);

@@ -32,7 +32,7 @@ const GONE_ENTRY: usize = 8;
 const CHUNK: u32 = 4_096;
 
 /// A letter's name: its file and its place there. Later letters have greater names.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct LetterId {
     file: u64,
     place: u32,

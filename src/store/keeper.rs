@@ -510,6 +510,11 @@ impl<'a> Keeper<'a> {
             recover::keep_reserve(&inner.settings.dir);
             self.prepare_spare();
         }
+        // What the relay noted since the last group waits for a sync: so that rows are never far behind.
+        if lock(&inner.writer).end() != *lock(&inner.durable) {
+            drop(lock(&inner.admission).stage_sync());
+            inner.work.notify_all();
+        }
         let expired = lock(&inner.dead).expire(clock::wall_ms());
         match expired {
             Ok(gone) => {

@@ -31,8 +31,9 @@ mod queue;
 mod recover;
 mod segment;
 mod state;
+mod verify;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -56,6 +57,7 @@ use self::queue::{Queue, QueueError};
 pub use self::recover::OpenError;
 use self::segment::Frame;
 use self::state::StateKey;
+pub use self::verify::{VerifiedFile, verify};
 use crate::clock;
 use crate::domain::backlog::{GroupMark, SLOTS_MAX};
 use crate::domain::customer::{Customer, Hearing, NameKind};
@@ -677,7 +679,9 @@ impl Store {
     pub async fn replay(&self, replays: &[Replay<'_>], now_s: u64) -> Result<Vec<LetterId>, Refusal> {
         let ids: Vec<LetterId> = replays.iter().map(|replay| replay.id).collect();
         let taken = self.take_letters(&ids)?;
-        let replays: Vec<&Replay<'_>> = replays.iter().filter(|replay| taken.contains(&replay.id)).collect();
+        let mut left: HashSet<LetterId> = taken.iter().copied().collect();
+        // Each once, however often it is named.
+        let replays: Vec<&Replay<'_>> = replays.iter().filter(|replay| left.remove(&replay.id)).collect();
         let staged = self.decided(|admission| admission.replay(&replays, now_s));
         let (replayed, ticket) = match staged {
             Ok(staged) => staged,

@@ -159,7 +159,8 @@ impl StateCache {
     /// The queue has taken the changes of all requests up to this one.
     pub(super) fn applied(&mut self, ticket: u64) {
         self.applied = self.applied.max(ticket);
-        while let Some((_, key)) = self.order.pop_front_if(|(of, _)| *of <= self.applied) {
+        while self.order.front().is_some_and(|(of, _)| *of <= self.applied) {
+            let Some((_, key)) = self.order.pop_front() else { break };
             if self.changed.get(&key).is_some_and(|changed| changed.ticket <= self.applied)
                 && let Some((key, changed)) = self.changed.remove_entry(&key)
             {

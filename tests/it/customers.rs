@@ -36,7 +36,7 @@ fn a_customer_is_registered_shown_changed_and_forgotten() {
     assert_eq!(get(relay.local, "/v1/customers?web_token=b&im_web_plugin_id=12").json()["customer_token"], "c");
     relay.put_customer(&json!({ "web_token": "b" }));
     let deleted = request(relay.local, "DELETE", "/v1/customers?web_token=b", &[], b"");
-    assert_eq!((deleted.status, deleted.json()), (200, json!({ "forgotten": 2, "withdrawn": 0 })));
+    assert_eq!((deleted.status, deleted.json()), (200, json!({ "forgotten": 2, "withdrawn": 0, "dead_letters": 0 })));
     for plugin in ["", "&im_web_plugin_id=12"] {
         assert_eq!(get(relay.local, &format!("/v1/customers?web_token=b{plugin}")).status, 404);
     }
@@ -164,7 +164,7 @@ fn a_forgotten_customer_is_never_pushed_to_again() {
     relay.queue(&event("a", "a1"));
     receiver.wait_pushes(1);
     let deleted = request(relay.local, "DELETE", "/v1/customers?web_token=a&im_web_plugin_id=12", &[], b"");
-    assert_eq!(deleted.json(), json!({ "forgotten": 1, "withdrawn": 2 }));
+    assert_eq!(deleted.json(), json!({ "forgotten": 1, "withdrawn": 2, "dead_letters": 0 }));
     receiver.answer_status(200);
     relay.queue(&event("b", "b0"));
     receiver.wait_delivered(1);

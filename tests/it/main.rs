@@ -14,6 +14,8 @@ mod crash;
 mod customers;
 mod hostile;
 mod limits;
+mod network;
+mod operate;
 mod process;
 mod push;
 mod support;

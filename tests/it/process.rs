@@ -39,7 +39,10 @@ fn check_config_prints_what_comes_of_it_and_says_where_it_is_wrong() {
 fn the_demo_shows_a_conversation_come_through() {
     let (code, out, error) = run(&["demo"]);
     assert_eq!(code, Some(0), "{out}\n{error}");
-    assert!(out.contains("All 9 messages that were accepted came through, once each and in order."), "{out}");
+    assert!(
+        out.contains("All 9 messages that were accepted came through, once each and in order, and the rating too."),
+        "{out}"
+    );
     assert!(out.contains("attempts have failed") && out.contains("推送中") && out.contains("toggled_off"), "{out}");
 }
 

@@ -68,8 +68,9 @@ impl Relay {
             None => format!("{local_table}\n[push]\nallow_networks = [\"127.0.0.0/8\"]\n"),
         };
         let outbox = if config.contains("[outbox]") { "" } else { "[outbox]\nmin_free_disk = 0\n" };
+        let log = if config.contains("[log]") { "" } else { "[log]\nformat = \"text\"\n" };
         let text = format!(
-            "data_dir = {:?}\n{local_table}\n[metrics]\nlisten = \"{metrics}\"\n{outbox}[log]\nformat = \"text\"\n",
+            "data_dir = {:?}\n{local_table}\n[metrics]\nlisten = \"{metrics}\"\n{outbox}{log}",
             dir.path().join("data")
         );
         std::fs::write(&path, text).unwrap();
@@ -140,6 +141,26 @@ impl Relay {
     pub fn queue(&self, event: &Value) {
         let response = self.post(event);
         assert_eq!((response.status, response.json()["outcome"].as_str()), (202, Some("queued")), "{response:?}");
+    }
+
+    /// A call of the local API with a JSON body, or none.
+    pub fn call(&self, method: &str, path: &str, body: &Value) -> Response {
+        let text = if body.is_null() { String::new() } else { body.to_string() };
+        request(self.local, method, path, &[("content-type", "application/json")], text.as_bytes())
+    }
+
+    /// The same, which must succeed.
+    pub fn done(&self, method: &str, path: &str, body: &Value) -> Value {
+        let response = self.call(method, path, body);
+        assert_eq!(response.status, 200, "{method} {path}: {response:?}");
+        response.json()
+    }
+
+    /// What `/v1/status` says of an endpoint.
+    pub fn endpoint(&self, name: &str) -> Value {
+        let status = self.done("GET", "/v1/status", &Value::Null);
+        let all = status["endpoints"].as_array().unwrap().clone();
+        all.into_iter().find(|endpoint| endpoint["name"] == name).unwrap_or(Value::Null)
     }
 
     pub fn toggle(&self, query: &str) -> Value {
@@ -245,7 +266,7 @@ pub fn request(to: SocketAddr, method: &str, path: &str, headers: &[(&str, &str)
     for (name, value) in headers {
         text += &format!("{name}: {value}\r\n");
     }
-    if !body.is_empty() || method == "POST" || method == "PUT" {
+    if !body.is_empty() || matches!(method, "POST" | "PUT" | "DELETE") {
         text += &format!("content-length: {}\r\n", body.len());
     }
     exchange(to, &[text.as_bytes(), b"\r\n", body].concat())
@@ -306,6 +327,7 @@ pub enum Answer {
     Status(u16),
     With(u16, &'static str, &'static str),
     After(Duration, u16),
+    Body(u16, &'static str),
 }
 
 type Rule = Arc<dyn Fn(&Push) -> Answer + Send + Sync>;
@@ -421,6 +443,10 @@ async fn record(
     let answer = rule(&push);
     let mut response = HyperResponse::new(Full::new(Bytes::new()));
     let (status, wait) = match answer {
+        Answer::Body(status, body) => {
+            *response.body_mut() = Full::new(Bytes::from_static(body.as_bytes()));
+            (status, Duration::ZERO)
+        }
         Answer::Status(status) => (status, Duration::ZERO),
         Answer::With(status, name, value) => {
             response.headers_mut().insert(name, value.parse().unwrap());

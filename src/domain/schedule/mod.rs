@@ -477,7 +477,7 @@ impl Schedule {
         if flight.bury > 0 && !flight.is_withdrawn {
             let left = flight.bury.saturating_sub(outcome.delivered.len() as u32);
             let is_waiting = |lane: &lanes::Lane| matches!(lane.state, State::Ready | State::Waiting);
-            if left > 0 && self.lanes.get(lane_id).is_some_and(|lane| is_waiting(lane)) {
+            if left > 0 && self.lanes.get(lane_id).is_some_and(is_waiting) {
                 self.begin_burying(lane_id, left, DeathReason::Buried);
             }
         }
@@ -761,15 +761,14 @@ impl Schedule {
         }
         let failures = retry.tries.max(retry.attempts);
         let max_attempts = self.settings.max_attempts;
+        let is_refused = verdict == Verdict::Refused && taken == 1 && retry.refusals >= self.settings.max_refusals;
         let death = if endpoint.limits.is_none() {
             Some((u32::MAX, DeathReason::EndpointRemoved))
         } else if verdict == Verdict::Damaged {
             Some((1, DeathReason::Damaged))
         } else if verdict == Verdict::Gone {
             Some((taken, DeathReason::Gone))
-        } else if verdict == Verdict::Rejected {
-            Some((taken, DeathReason::Refused))
-        } else if verdict == Verdict::Refused && taken == 1 && retry.refusals >= self.settings.max_refusals {
+        } else if verdict == Verdict::Rejected || is_refused {
             Some((taken, DeathReason::Refused))
         } else if max_attempts > 0 && retry.attempts >= max_attempts {
             Some((taken, DeathReason::Attempts))

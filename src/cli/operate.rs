@@ -1,0 +1,596 @@
+//! The subcommands that speak with a running relay over `[local]` (contract §6).
+
+use std::io::{self, IsTerminal as _, Read as _, Write as _};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use clap::{Args, Subcommand};
+use hyper::{Method, StatusCode};
+use serde_json::{Map, Value, json};
+
+use super::http::Client;
+use super::table::{self, moment, span, state};
+use crate::clock;
+use crate::config::Local;
+
+/// Replays and burials of many events take their time.
+const PATIENCE: Duration = Duration::from_secs(120);
+/// Letters replayed by one call, so that progress can be shown.
+const REPLAYED_AT_ONCE: usize = 500;
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Operate {
+    /// Shows how everything stands.
+    Status,
+    /// The push addresses.
+    #[command(subcommand)]
+    Endpoints(Endpoints),
+    /// What waits, customer by customer.
+    #[command(subcommand)]
+    Lanes(Lanes),
+    /// What was given up.
+    #[command(subcommand)]
+    DeadLetters(DeadLetters),
+    /// A customer's push switch.
+    #[command(subcommand)]
+    Toggle(Toggle),
+    /// What is remembered of customers.
+    #[command(subcommand)]
+    Customers(Customers),
+    /// Was it pushed, and when?
+    Event {
+        /// The event_id.
+        event_id: String,
+        /// The event's im_web_plugin_id.
+        #[arg(long, value_name = "ID")]
+        plugin: Option<u64>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Endpoints {
+    /// Lists the endpoints in effect.
+    List,
+    /// Saves an address; it wins over the config file until it is deleted.
+    Set(Set),
+    /// Deletes a saved address: what the config file says counts again.
+    Delete { name: String },
+    /// Stops pushing; events go on being accepted.
+    Pause { name: String },
+    /// Goes on pushing.
+    Resume { name: String },
+    /// Makes everything that waits due now.
+    Retry { name: String },
+    /// Sends one push of a test message.
+    Test { name: String },
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Set {
+    /// A plugin id, or `default`.
+    name: String,
+    /// The address.
+    #[arg(long, required_unless_present = "no_push")]
+    url: Option<String>,
+    /// No push for this plugin, whatever the file or `default` says.
+    #[arg(long, conflicts_with = "url")]
+    no_push: bool,
+    /// A file with the secret that pushes are signed with; `-`: standard input. Without it the secret stays.
+    #[arg(long, value_name = "FILE")]
+    secret_file: Option<PathBuf>,
+    /// Pushes are no longer signed.
+    #[arg(long, conflicts_with = "secret_file")]
+    no_secret: bool,
+    /// Attempts a second.
+    #[arg(long, value_name = "NUMBER")]
+    rate_per_second: Option<f64>,
+    /// Attempts at once beyond the rate.
+    #[arg(long, value_name = "NUMBER")]
+    burst: Option<u32>,
+    /// Attempts in flight.
+    #[arg(long, value_name = "NUMBER")]
+    concurrency: Option<u32>,
+    /// A header of its own, `name: value`; may be given several times.
+    #[arg(long, value_name = "HEADER")]
+    header: Vec<String>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Lanes {
+    /// Lists customers for whom something waits.
+    List(Filter),
+    /// Gives up what waits: it becomes dead letters.
+    Bury {
+        /// The endpoint.
+        #[arg(long)]
+        endpoint: String,
+        /// Only this customer.
+        #[arg(long)]
+        web_token: Option<String>,
+        /// Only the first event of each customer.
+        #[arg(long)]
+        first_only: bool,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Filter {
+    /// Only of this endpoint.
+    #[arg(long)]
+    endpoint: Option<String>,
+    /// Only of this customer.
+    #[arg(long)]
+    web_token: Option<String>,
+    /// Most of them.
+    #[arg(long, default_value_t = 100)]
+    limit: u32,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum DeadLetters {
+    /// Lists them, oldest first.
+    List(Filter),
+    /// Shows one with its messages.
+    Show { id: String },
+    /// Puts them back into the outbox.
+    Replay(Selection),
+    /// Removes them for good.
+    Purge(Selection),
+}
+
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+pub(super) struct Selection {
+    /// These.
+    ids: Vec<String>,
+    /// All of this endpoint.
+    #[arg(long)]
+    endpoint: Option<String>,
+    /// All.
+    #[arg(long)]
+    all: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Toggle {
+    /// Asks whether the next offline message would be pushed.
+    Get(Who),
+    /// Switches pushing on or off.
+    Set {
+        #[command(flatten)]
+        who: Who,
+        /// `on` or `off`.
+        #[arg(value_parser = ["on", "off"])]
+        to: String,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Who {
+    /// The customer's web_token.
+    #[arg(long)]
+    web_token: String,
+    /// The im_web_plugin_id.
+    #[arg(long, value_name = "ID")]
+    plugin: u64,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Customers {
+    /// Shows one.
+    Show {
+        web_token: String,
+        /// The im_web_plugin_id.
+        #[arg(long, value_name = "ID")]
+        plugin: Option<u64>,
+    },
+    /// Forgets one: state and names, and what waits or was given up.
+    Forget {
+        web_token: String,
+        /// Only at this im_web_plugin_id.
+        #[arg(long, value_name = "ID")]
+        plugin: Option<u64>,
+    },
+}
+
+/// Speaks with the relay, and prints.
+struct Relay {
+    client: Client,
+    json: bool,
+}
+
+impl Operate {
+    pub(super) fn run(self, local: Local, json: bool) -> anyhow::Result<()> {
+        let client = Client { listen: local.listen, token: local.token, patience: PATIENCE };
+        let relay = Relay { client, json };
+        super::runtime()?.block_on(relay.carry_out(self))
+    }
+}
+
+impl Relay {
+    async fn carry_out(&self, call: Operate) -> anyhow::Result<()> {
+        match call {
+            Operate::Status => {
+                let status = self.get("/v1/status").await?;
+                self.show(&status, show_status)
+            }
+            Operate::Endpoints(call) => self.endpoints(call).await,
+            Operate::Lanes(Lanes::List(filter)) => {
+                let lanes = self.get(&filter.path("/v1/lanes")).await?;
+                self.show(&lanes, show_lanes)
+            }
+            Operate::Lanes(Lanes::Bury { endpoint, web_token, first_only }) => {
+                let body = json!({ "endpoint": endpoint, "web_token": web_token, "first_only": first_only });
+                let done = self.call(Method::POST, "/v1/lanes/bury", &body).await?;
+                self.say(&done, format!("{} events became dead letters.", number(&done, "buried")))
+            }
+            Operate::DeadLetters(call) => self.dead_letters(call).await,
+            Operate::Toggle(call) => self.toggle(call).await,
+            Operate::Customers(call) => self.customers(call).await,
+            Operate::Event { event_id, plugin } => {
+                let plugin = plugin.map_or(String::new(), |plugin| format!("?im_web_plugin_id={plugin}"));
+                let fate = self.get(&format!("/v1/events/{}{plugin}", escaped(&event_id))).await?;
+                self.show(&fate, show_fields)
+            }
+        }
+    }
+
+    async fn endpoints(&self, call: Endpoints) -> anyhow::Result<()> {
+        let path = |name: &str, action: &str| format!("/v1/endpoints/{}{action}", escaped(name));
+        let (name, action) = match call {
+            Endpoints::List => {
+                let list = self.get("/v1/endpoints").await?;
+                return self.show(&list, show_endpoints);
+            }
+            Endpoints::Set(set) => {
+                let shown = self.call(Method::PUT, &path(&set.name, ""), &set.body()?).await?;
+                return self.show(&shown, show_fields);
+            }
+            Endpoints::Delete { name } => {
+                let done = self.call(Method::DELETE, &path(&name, ""), &Value::Null).await?;
+                return self.say(&done, format!("The saved address of {name} is deleted; the config file's counts."));
+            }
+            Endpoints::Pause { name } => (name, "pause"),
+            Endpoints::Resume { name } => (name, "resume"),
+            Endpoints::Retry { name } => (name, "retry"),
+            Endpoints::Test { name } => (name, "test"),
+        };
+        let done = self.call(Method::POST, &path(&name, &format!("/{action}")), &Value::Null).await?;
+        if action == "test" {
+            self.show(&done, show_fields)?;
+            if text(&done, "result") != "ok" {
+                bail!("the test of {name} failed");
+            }
+            return Ok(());
+        }
+        self.say(&done, format!("{name} is {}.", text(&done, "state")))
+    }
+
+    async fn dead_letters(&self, call: DeadLetters) -> anyhow::Result<()> {
+        match call {
+            DeadLetters::List(filter) => {
+                let letters = self.get(&filter.path("/v1/dead-letters")).await?;
+                self.show(&letters, show_letters)
+            }
+            DeadLetters::Show { id } => {
+                let letter = self.get(&format!("/v1/dead-letters/{}", escaped(&id))).await?;
+                self.show(&letter, show_fields)
+            }
+            DeadLetters::Purge(selection) => {
+                let done = self.call(Method::DELETE, "/v1/dead-letters", &selection.body()).await?;
+                self.say(&done, format!("{} dead letters are gone for good.", number(&done, "purged")))
+            }
+            DeadLetters::Replay(selection) => {
+                let done = match selection.ids.is_empty() {
+                    true => self.replay_all(selection.endpoint.as_deref()).await?,
+                    false => self.call(Method::POST, "/v1/dead-letters/replay", &selection.body()).await?,
+                };
+                let (replayed, skipped) = (number(&done, "replayed"), number(&done, "skipped"));
+                self.say(&done, format!("{replayed} dead letters are back in the outbox; {skipped} stay."))
+            }
+        }
+    }
+
+    /// Replays what there is now, some at a time, with a line of progress on a terminal.
+    async fn replay_all(&self, endpoint: Option<&str>) -> anyhow::Result<Value> {
+        let (mut replayed, mut skipped) = (0, 0);
+        let status = self.get("/v1/status").await?;
+        let total = status.get("dead_letters").and_then(Value::as_u64).unwrap_or(0);
+        let mut filter = Filter { endpoint: endpoint.map(str::to_owned), web_token: None, limit: 500 };
+        filter.limit = REPLAYED_AT_ONCE as u32;
+        let mut after = None;
+        let mut left = total;
+        while left > 0 {
+            let mut path = filter.path("/v1/dead-letters");
+            if let Some(after) = &after {
+                path += &format!("&after={after}");
+            }
+            let page = self.get(&path).await?;
+            let ids: Vec<&str> = items(&page, "dead_letters").iter().map(|letter| text(letter, "id")).collect();
+            let Some(last) = ids.last() else { break };
+            let ids: Vec<&str> = ids.iter().copied().take(left as usize).collect();
+            after = Some((*last).to_owned());
+            left = left.saturating_sub(ids.len() as u64);
+            let done = self.call(Method::POST, "/v1/dead-letters/replay", &json!({ "ids": ids })).await?;
+            replayed += number(&done, "replayed");
+            skipped += number(&done, "skipped");
+            if io::stderr().is_terminal() {
+                eprint!("\r{} of {total} …", replayed + skipped);
+            }
+        }
+        if io::stderr().is_terminal() && total > 0 {
+            eprintln!();
+        }
+        Ok(json!({ "replayed": replayed, "skipped": skipped }))
+    }
+
+    async fn toggle(&self, call: Toggle) -> anyhow::Result<()> {
+        let (who, to) = match call {
+            Toggle::Get(who) => (who, None),
+            Toggle::Set { who, to } => (who, Some(to == "on")),
+        };
+        let mut body = json!({ "web_token": who.web_token, "im_web_plugin_id": who.plugin });
+        if let (Some(to), Some(body)) = (to, body.as_object_mut()) {
+            body.insert("h5push".to_owned(), Value::Bool(to));
+        }
+        let answer = self.call(Method::POST, "/open_api_v1/im/h5push", &body).await?;
+        if number(&answer, "code") != 1_000 {
+            bail!("{}", text(&answer, "message"));
+        }
+        let meaning = match answer.get("status_code").and_then(Value::as_u64) {
+            Some(1) => "The next offline message would be pushed.",
+            Some(0) => "The next offline message would not be pushed.",
+            _ => "There is no such customer for that plugin.",
+        };
+        self.say(&answer, format!("{} {meaning}", text(&answer, "status")))
+    }
+
+    async fn customers(&self, call: Customers) -> anyhow::Result<()> {
+        let path = |web_token: &str, plugin: Option<u64>| {
+            let plugin = plugin.map_or(String::new(), |plugin| format!("&im_web_plugin_id={plugin}"));
+            format!("/v1/customers?web_token={}{plugin}", escaped(web_token))
+        };
+        match call {
+            Customers::Show { web_token, plugin } => {
+                let customer = self.get(&path(&web_token, plugin)).await?;
+                self.show(&customer, show_fields)
+            }
+            Customers::Forget { web_token, plugin } => {
+                let done = self.call(Method::DELETE, &path(&web_token, plugin), &Value::Null).await?;
+                let (withdrawn, letters) = (number(&done, "withdrawn"), number(&done, "dead_letters"));
+                self.say(&done, format!("Forgotten, with {withdrawn} waiting events and {letters} dead letters."))
+            }
+        }
+    }
+
+    async fn get(&self, path: &str) -> anyhow::Result<Value> {
+        self.call(Method::GET, path, &Value::Null).await
+    }
+
+    async fn call(&self, method: Method, path: &str, body: &Value) -> anyhow::Result<Value> {
+        let body = if body.is_null() { String::new() } else { body.to_string() };
+        let (status, answer) = self.client.call(method, path, "application/json", body).await?;
+        let answer: Value = serde_json::from_slice(&answer).context("the answer is no JSON: is this the relay?")?;
+        if status == StatusCode::UNAUTHORIZED {
+            bail!("the relay asks for a token: give local.token_file in the config that --config names");
+        }
+        if !status.is_success() {
+            let error = answer.get("error").unwrap_or(&answer);
+            bail!("{} ({status})", text(error, "message"));
+        }
+        Ok(answer)
+    }
+
+    fn show(&self, answer: &Value, people: impl FnOnce(&Value) -> io::Result<()>) -> anyhow::Result<()> {
+        if self.json { Ok(print_json(answer)?) } else { Ok(people(answer)?) }
+    }
+
+    fn say(&self, answer: &Value, line: String) -> anyhow::Result<()> {
+        self.show(answer, |_| writeln!(io::stdout(), "{line}"))
+    }
+}
+
+impl Filter {
+    fn path(&self, path: &str) -> String {
+        let mut query = form_urlencoded::Serializer::new(String::new());
+        query.append_pair("limit", &self.limit.to_string());
+        for (name, value) in [("endpoint", &self.endpoint), ("web_token", &self.web_token)] {
+            if let Some(value) = value {
+                query.append_pair(name, value);
+            }
+        }
+        format!("{path}?{}", query.finish())
+    }
+}
+
+impl Selection {
+    fn body(&self) -> Value {
+        match &self.endpoint {
+            Some(endpoint) => json!({ "endpoint": endpoint }),
+            None if self.all => json!({ "all": true }),
+            None => json!({ "ids": self.ids }),
+        }
+    }
+}
+
+impl Set {
+    fn body(&self) -> anyhow::Result<Value> {
+        let mut body = Map::new();
+        body.insert("url".to_owned(), json!(self.url));
+        if let Some(path) = &self.secret_file {
+            let mut secret = String::new();
+            if path.as_os_str() == "-" {
+                io::stdin().lock().read_to_string(&mut secret)?;
+            } else {
+                secret = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+            }
+            body.insert("secret".to_owned(), json!(secret.trim_end()));
+        }
+        if self.no_secret {
+            body.insert("secret".to_owned(), Value::Null);
+        }
+        let numbers = [
+            ("rate_per_second", self.rate_per_second.map(Value::from)),
+            ("burst", self.burst.map(Value::from)),
+            ("concurrency", self.concurrency.map(Value::from)),
+        ];
+        body.extend(numbers.into_iter().filter_map(|(name, number)| Some((name.to_owned(), number?))));
+        if !self.header.is_empty() {
+            let split = |header: &String| {
+                let (name, value) =
+                    header.split_once(':').with_context(|| format!("{header:?} is no `name: value`"))?;
+                Ok((name.trim().to_owned(), json!(value.trim())))
+            };
+            let headers: anyhow::Result<Map<String, Value>> = self.header.iter().map(split).collect();
+            body.insert("headers".to_owned(), Value::Object(headers?));
+        }
+        Ok(Value::Object(body))
+    }
+}
+
+fn escaped(text: &str) -> String {
+    percent_encoding::utf8_percent_encode(text, percent_encoding::NON_ALPHANUMERIC).to_string()
+}
+
+pub(super) fn print_json(answer: &Value) -> io::Result<()> {
+    writeln!(io::stdout(), "{answer:#}")
+}
+
+fn text<'a>(value: &'a Value, name: &str) -> &'a str {
+    value.get(name).and_then(Value::as_str).unwrap_or("")
+}
+
+fn number(value: &Value, name: &str) -> u64 {
+    value.get(name).and_then(Value::as_u64).unwrap_or(0)
+}
+
+fn real(value: &Value, name: &str) -> f64 {
+    value.get(name).and_then(Value::as_f64).unwrap_or(0.0)
+}
+
+fn items<'a>(value: &'a Value, name: &str) -> &'a [Value] {
+    value.get(name).and_then(Value::as_array).map_or(&[], Vec::as_slice)
+}
+
+fn show_status(status: &Value) -> io::Result<()> {
+    let part = |name: &str| status.get(name).cloned().unwrap_or_default();
+    let (outbox, disk, config) = (part("outbox"), part("disk"), part("config"));
+    let gib = |bytes: u64| format!("{:.1} GiB", bytes as f64 / f64::from(1 << 30));
+    let mut out = io::stdout();
+    writeln!(out, "h5push-relay {}, up for {}", text(status, "version"), span(real(status, "uptime_seconds")))?;
+    writeln!(
+        out,
+        "{} events wait, the oldest for {}; {} dead letters; {} free of which {} are a reserve",
+        number(&outbox, "events"),
+        span(real(&outbox, "oldest_age_seconds")),
+        number(status, "dead_letters"),
+        gib(number(&disk, "free_bytes")),
+        gib(number(&disk, "floor_bytes")),
+    )?;
+    if !text(&config, "error").is_empty() {
+        writeln!(out, "The last reload failed, and the config of before is in effect: {}", text(&config, "error"))?;
+    }
+    writeln!(out)?;
+    let row = |endpoint: &Value| {
+        vec![
+            text(endpoint, "name").to_owned(),
+            state(text(endpoint, "state")),
+            number(endpoint, "events").to_string(),
+            span(real(endpoint, "oldest_age_seconds")),
+            number(endpoint, "in_flight").to_string(),
+            number(endpoint, "dead_letters").to_string(),
+            text(endpoint, "last_error").to_owned(),
+        ]
+    };
+    let rows: Vec<Vec<String>> = items(status, "endpoints").iter().map(row).collect();
+    if rows.is_empty() {
+        return writeln!(out, "There is no endpoint yet: h5push-relay endpoints set default --url https://…");
+    }
+    table::print(&["endpoint", "state", "events", "oldest", "in flight", "dead", "last error"], &rows)
+}
+
+fn show_endpoints(list: &Value) -> io::Result<()> {
+    let row = |endpoint: &Value| {
+        let headers: Vec<&str> = items(endpoint, "headers").iter().filter_map(Value::as_str).collect();
+        vec![
+            text(endpoint, "name").to_owned(),
+            state(text(endpoint, "state")),
+            text(endpoint, "source").to_owned(),
+            real(endpoint, "rate_per_second").to_string(),
+            number(endpoint, "burst").to_string(),
+            number(endpoint, "concurrency").to_string(),
+            if endpoint.get("signed") == Some(&Value::Bool(true)) { "yes" } else { "no" }.to_owned(),
+            headers.join(","),
+            endpoint.get("url").and_then(Value::as_str).unwrap_or("no push").to_owned(),
+        ]
+    };
+    let rows: Vec<Vec<String>> = items(list, "endpoints").iter().map(row).collect();
+    table::print(&["name", "state", "source", "rate/s", "burst", "concurrency", "signed", "headers", "url"], &rows)
+}
+
+fn show_lanes(list: &Value) -> io::Result<()> {
+    let now = clock::wall();
+    let row = |lane: &Value| {
+        let next = match text(lane, "next_attempt_at") {
+            _ if lane.get("in_flight") == Some(&Value::Bool(true)) => "in flight".to_owned(),
+            "" => "now".to_owned(),
+            at => moment(at, now),
+        };
+        vec![
+            text(lane, "endpoint").to_owned(),
+            text(lane, "web_token").to_owned(),
+            number(lane, "events").to_string(),
+            moment(text(lane, "accepted_at"), now),
+            number(lane, "attempts").to_string(),
+            next,
+            text(lane, "last_error").to_owned(),
+        ]
+    };
+    let rows: Vec<Vec<String>> = items(list, "lanes").iter().map(row).collect();
+    table::print(&["endpoint", "customer", "events", "oldest", "attempts", "next", "last error"], &rows)?;
+    show_next(list)
+}
+
+fn show_letters(list: &Value) -> io::Result<()> {
+    let now = clock::wall();
+    let row = |letter: &Value| {
+        vec![
+            text(letter, "id").to_owned(),
+            text(letter, "endpoint").to_owned(),
+            text(letter, "web_token").to_owned(),
+            text(letter, "reason").to_owned(),
+            moment(text(letter, "buried_at"), now),
+            number(letter, "attempts").to_string(),
+            text(letter, "last_error").to_owned(),
+        ]
+    };
+    let rows: Vec<Vec<String>> = items(list, "dead_letters").iter().map(row).collect();
+    table::print(&["id", "endpoint", "customer", "reason", "given up", "attempts", "last error"], &rows)?;
+    show_next(list)
+}
+
+fn show_next(list: &Value) -> io::Result<()> {
+    match text(list, "next") {
+        "" => Ok(()),
+        _ => {
+            writeln!(io::stdout(), "{}", table::dim("There are more: --limit, or a narrower --endpoint, --web-token."))
+        }
+    }
+}
+
+/// One thing, a field a line.
+fn show_fields(value: &Value) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    for (name, value) in value.as_object().into_iter().flatten() {
+        if let Some(text) = value.as_str() {
+            writeln!(out, "{name:<18} {text}")?;
+        } else if let Some(messages) = value.as_array().filter(|_| name == "messages") {
+            writeln!(out, "{name}")?;
+            messages.iter().try_for_each(|message| writeln!(out, "  {message}"))?;
+        } else {
+            writeln!(out, "{name:<18} {value}")?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,681 @@
+//! The network's side: signed calls, surveys, endpoints by call, signed pushes, addresses, TLS, secrets.
+
+use std::io::{Read as _, Write as _};
+use std::net::SocketAddr;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use serde_json::{Value, json};
+
+use crate::support::*;
+
+const NOTHING: Value = Value::Null;
+const SECRET: &str = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
+
+fn now_s() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs()
+}
+
+fn sha256(text: &str) -> String {
+    let hash = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, text.as_bytes());
+    hash.as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// The signed part of a query.
+fn signed(email: &str, token: &str, timestamp: u64, nonce: &str) -> String {
+    let sign = sha256(&format!("{email}&{token}&{timestamp}&{nonce}&v2"));
+    format!("email={email}&timestamp={timestamp}&nonce={nonce}&sign_version=v2&sign={sign}")
+}
+
+const TOGGLE: &str = "/open_api_v1/im/h5push";
+const SURVEY: &str = "/open_api_v1/im/sessions/survey";
+
+struct OpenApi {
+    address: SocketAddr,
+    config: String,
+}
+
+fn open_api(receiver: &Receiver, more: &str) -> OpenApi {
+    let address = free_address();
+    let accounts = "accounts = [{ email = \"app@example.com\", token = \"s3cret\" }, \
+                    { email = \"small@example.com\", token = \"other\", plugins = [13] }]";
+    let config = config(receiver.address, &format!("[open_api]\nlisten = \"{address}\"\n{accounts}\n{more}"));
+    OpenApi { address, config }
+}
+
+impl OpenApi {
+    fn call(&self, path: &str, query: &str) -> Value {
+        let response = request(self.address, "POST", &format!("{path}?{query}"), &[], b"");
+        assert_eq!(response.status, 200, "{response:?}");
+        response.json()
+    }
+
+    fn code(&self, path: &str, query: &str) -> Value {
+        self.call(path, query)["code"].clone()
+    }
+}
+
+const WHO: &str = "web_token=wang&im_web_plugin_id=12";
+
+#[test]
+fn only_rightly_signed_calls_are_answered_and_each_nonce_once() {
+    let receiver = Receiver::start();
+    let open = open_api(&receiver, "");
+    let relay = Relay::start(&open.config);
+    relay.put_customer(&json!({ "web_token": "wang", "im_web_plugin_id": 12, "h5push": true }));
+    let sign = |nonce: &str| signed("app@example.com", "s3cret", now_s(), nonce);
+    let first = sign("n-1");
+    assert_eq!(open.call(TOGGLE, &format!("{WHO}&{first}"))["status"], "推送中");
+    assert_eq!(open.code(TOGGLE, &format!("{WHO}&{first}")), 2_059, "a nonce works once");
+    // A wrong signature does not use the nonce up.
+    let wrong = signed("app@example.com", "wrong", now_s(), "n-2");
+    assert_eq!(open.code(TOGGLE, &format!("{WHO}&{wrong}")), 2_059);
+    assert_eq!(open.code(TOGGLE, &format!("{WHO}&{}&h5push=false", sign("n-2"))), 1_000);
+    let toggled = open.call(TOGGLE, &format!("{WHO}&{}", sign("n-3")));
+    assert_eq!((&toggled["status_code"], &toggled["status"]), (&json!(0), &json!("无推送")));
+
+    // An unknown account, a wrong token, a stale timestamp and an old version look the same.
+    let answers: Vec<Value> = [
+        signed("nobody@example.com", "s3cret", now_s(), "x-1"),
+        signed("app@example.com", "", now_s(), "x-2"),
+        signed("app@example.com", "s3cret", now_s() - 16 * 60, "x-3"),
+        signed("app@example.com", "s3cret", now_s() + 16 * 60, "x-4"),
+        sign("x-5").replace("sign_version=v2", "sign_version=v1"),
+        sign("x-6").replace("timestamp=", "timestamp=%2B"),
+        sign("x-7").to_uppercase().replace("EMAIL=APP@EXAMPLE.COM", "email=app@example.com").to_lowercase() + "0",
+    ]
+    .iter()
+    .map(|query| open.call(TOGGLE, &format!("{WHO}&{query}")))
+    .collect();
+    for answer in &answers {
+        assert_eq!(answer, &answers[0]);
+        assert_eq!(answer["code"], 2_059);
+    }
+    for part in ["email", "timestamp", "nonce", "sign_version", "sign"] {
+        let without: Vec<String> =
+            sign("y").split('&').filter(|pair| pair.split('=').next() != Some(part)).map(str::to_owned).collect();
+        assert_eq!(open.code(TOGGLE, &format!("{WHO}&{}", without.join("&"))), 2_062, "{part}");
+    }
+    // Nonces are used up also after a crash and a stop, and stay with their account.
+    let relay = Relay::start_in(relay.kill(), &open.config);
+    assert_eq!(open.code(TOGGLE, &format!("{WHO}&{first}")), 2_059, "after a crash");
+    let relay = Relay::start_in(relay.stop(), &open.config);
+    assert_eq!(open.code(TOGGLE, &format!("{WHO}&{first}")), 2_059, "after a stop");
+    let other = signed("small@example.com", "other", now_s(), "n-1");
+    assert_eq!(open.call(TOGGLE, &format!("{WHO}&{other}"))["status"], "无效客户", "a plugin of somebody else");
+    relay.wait_metric("h5push_open_api_requests_total", &[("path", TOGGLE), ("code", "2059")], |count| count == 1.0);
+}
+
+#[test]
+fn the_open_api_serves_two_paths_and_limits_each_account() {
+    let receiver = Receiver::start();
+    let open = open_api(&receiver, "rate_limit_per_minute = 3\n");
+    let _relay = Relay::start(&open.config);
+    for path in ["/", "/v1/events", "/v1/status", "/metrics", "/healthz", "/v1/customers"] {
+        assert_eq!(request(open.address, "POST", path, &[], b"").status, 404, "{path}");
+    }
+    assert_eq!(request(open.address, "GET", TOGGLE, &[], b"").status, 405);
+    let body = request(open.address, "POST", TOGGLE, &[("content-type", "text/plain")], b"x");
+    assert_eq!(body.status, 415);
+    let codes: Vec<Value> = (0..5)
+        .map(|number| signed("app@example.com", "s3cret", now_s(), &format!("n-{number}")))
+        .map(|query| open.code(TOGGLE, &format!("{WHO}&{query}")))
+        .collect();
+    assert_eq!(codes, [1_000, 1_000, 1_000, 2_060, 2_060]);
+    // Others have their own, and calls that are not signed rightly use nobody's.
+    let other = signed("small@example.com", "other", now_s(), "n");
+    assert_eq!(open.code(TOGGLE, &format!("{WHO}&{other}")), 1_000);
+}
+
+#[test]
+fn the_open_api_is_off_by_default_and_needs_tls_beyond_loopback() {
+    let check = |text: &str| {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config.toml");
+        std::fs::write(&path, text).unwrap();
+        let checked = Command::new(env!("CARGO_BIN_EXE_h5push-relay"))
+            .args(["check-config", "--config"])
+            .arg(&path)
+            .output()
+            .unwrap();
+        (checked.status.code(), String::from_utf8(checked.stderr).unwrap())
+    };
+    let (code, problem) = check("[open_api]\nlisten = \"0.0.0.0:8443\"\n");
+    assert_eq!(code, Some(78));
+    assert!(problem.contains("beyond loopback"), "{problem}");
+    assert_eq!(check("[open_api]\nlisten = \"0.0.0.0:8443\"\nbehind_tls_proxy = true\n").0, Some(0));
+    assert_eq!(check("[open_api]\nlisten = \"127.0.0.1:8443\"\n").0, Some(0));
+    assert_eq!(check("").0, Some(0));
+}
+
+/// One request over TLS; the certificate's serial decides whether it is trusted.
+fn over_tls(
+    address: SocketAddr,
+    ca: &rustls::pki_types::CertificateDer<'static>,
+    path: &str,
+) -> Result<Response, String> {
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(ca.clone()).unwrap();
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let config = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    let name = "localhost".try_into().unwrap();
+    let connection = rustls::ClientConnection::new(Arc::new(config), name).unwrap();
+    let stream = std::net::TcpStream::connect(address).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut tls = rustls::StreamOwned::new(connection, stream);
+    let text = format!("POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 0\r\nconnection: close\r\n\r\n");
+    tls.write_all(text.as_bytes()).map_err(|error| error.to_string())?;
+    let mut answer = Vec::new();
+    tls.read_to_end(&mut answer).map_err(|error| error.to_string())?;
+    Ok(parse(&answer))
+}
+
+#[test]
+fn the_open_api_speaks_tls_and_takes_a_new_certificate_at_sighup() {
+    let receiver = Receiver::start();
+    let dir = tempfile::tempdir().unwrap();
+    let (cert, key) = (dir.path().join("cert.pem"), dir.path().join("key.pem"));
+    let make = || {
+        let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+        std::fs::write(&cert, made.cert.pem()).unwrap();
+        std::fs::write(&key, made.signing_key.serialize_pem()).unwrap();
+        made.cert.der().clone()
+    };
+    let first = make();
+    let open = open_api(&receiver, &format!("tls = {{ cert_file = {cert:?}, key_file = {key:?} }}\n"));
+    let relay = Relay::start(&open.config);
+    let call = |nonce: &str, ca| {
+        let query = signed("app@example.com", "s3cret", now_s(), nonce);
+        over_tls(open.address, ca, &format!("{TOGGLE}?{WHO}&{query}"))
+    };
+    assert_eq!(call("n-1", &first).unwrap().json()["code"], 1_000);
+    let second = make();
+    assert!(call("n-2", &second).is_err(), "not read yet");
+    relay.signal("HUP");
+    wait_until("the new certificate is served", || call(&fastrand::u64(..).to_string(), &second).is_ok());
+    assert!(call("n-3", &first).is_err());
+    // A certificate that is none changes nothing.
+    std::fs::write(&cert, "nonsense").unwrap();
+    relay.signal("HUP");
+    wait_until("that is said", || relay.metric("h5push_config_last_reload_successful", &[]) == 0.0);
+    assert_eq!(call("n-4", &second).unwrap().json()["code"], 1_000);
+}
+
+#[test]
+fn surveys_are_kept_and_delivered_in_order_until_the_im_server_takes_them() {
+    let receiver = Receiver::start();
+    let im_server = Receiver::start();
+    // Its address is not among the allowed ones, and need not be.
+    let config = format!(
+        "[im_server]\nsurvey_url = \"http://{}/surveys\"\n[backoff]\ninitial = \"50ms\"\nmax = \"100ms\"\n\
+         [endpoints.12]\nurl = \"http://{}/\"\n[push]\nallow_networks = []\n",
+        im_server.address, receiver.address
+    );
+    let relay = Relay::start(&config);
+    im_server.answer(|_| Answer::Body(200, r#"{"code":5000,"message":"busy"}"#));
+    let call = |query: &str| request(relay.local, "POST", &format!("{SURVEY}?{query}"), &[], b"").json();
+    let answer = call("im_sub_session_id=3001&option_id=2&remark=%E5%BE%88%E5%A5%BD");
+    assert_eq!(answer, json!({ "code": 1_000, "message": "请求成功" }));
+    assert_eq!(call("im_sub_session_id=3001&option_id=3")["code"], 1_000);
+    im_server.wait_pushes(2);
+    let relay = Relay::start_in(relay.kill(), &config);
+    im_server.answer(|_| Answer::Body(200, r#"{"code":1000}"#));
+    relay.wait_metric("h5push_messages_delivered_total", &[("endpoint", "survey")], |count| count == 2.0);
+    let pushes = im_server.pushes();
+    let last: Vec<Value> = pushes.iter().rev().take(2).map(Push::json).collect();
+    assert_eq!(last[1], json!({ "im_sub_session_id": 3001, "option_id": 2, "remark": "很好" }));
+    assert_eq!(last[0], json!({ "im_sub_session_id": 3001, "option_id": 3 }));
+    assert!(pushes.iter().all(|push| push.path == "/surveys" && push.header("content-type") == "application/json"));
+
+    // What the IM server will never take is a dead letter at once.
+    im_server.answer(|_| Answer::Body(200, r#"{"code":9200}"#));
+    let form = [("content-type", "application/x-www-form-urlencoded")];
+    let answer = request(relay.local, "POST", SURVEY, &form, b"im_sub_session_id=3002&option_id=1").json();
+    assert_eq!(answer["code"], 1_000);
+    relay.wait_metric("h5push_dead_letters", &[("endpoint", "survey")], |count| count == 1.0);
+    let letters = relay.done("GET", "/v1/dead-letters?endpoint=survey", &NOTHING)["dead_letters"].clone();
+    assert_eq!(letters[0]["reason"], "refused");
+    im_server.answer_status(200);
+    let replayed = relay.done("POST", "/v1/dead-letters/replay", &json!({ "endpoint": "survey" }));
+    assert_eq!(replayed["replayed"], 1);
+    relay.wait_metric("h5push_messages_delivered_total", &[("endpoint", "survey")], |count| count == 3.0);
+    for (query, code) in [("option_id=1", 2_062), ("im_sub_session_id=x&option_id=1", 2_000)] {
+        let answer = request(relay.local, "POST", &format!("{SURVEY}?{query}"), &[], b"").json();
+        assert_eq!(answer["code"], code, "{query}");
+    }
+    relay.wait_metric("h5push_surveys_total", &[("outcome", "rejected")], |count| count == 2.0);
+}
+
+#[test]
+fn without_a_survey_url_surveys_are_an_error() {
+    let receiver = Receiver::start();
+    let relay = Relay::start(&config(receiver.address, ""));
+    let path = format!("{SURVEY}?im_sub_session_id=1&option_id=1");
+    assert_eq!(request(relay.local, "POST", &path, &[], b"").json()["code"], 2_000);
+}
+
+#[test]
+fn an_endpoint_set_by_a_call_wins_over_the_file_until_it_is_deleted() {
+    let file = Receiver::start();
+    let saved = Receiver::start();
+    let relay = Relay::start(&config(file.address, ""));
+    let push_to = |id: &str, expected: &Receiver| {
+        relay.queue(&event("a", id));
+        expected.wait("it", |pushes| pushes.iter().any(|push| push.message_ids() == [id]))
+    };
+    push_to("m0", &file);
+    let body = json!({
+        "url": format!("http://{}/saved?key=in-the-query", saved.address),
+        "secret": SECRET,
+        "rate_per_second": 50,
+        "headers": { "x-api-key": "planted" },
+    });
+    let shown = relay.done("PUT", "/v1/endpoints/12", &body);
+    let expected = json!({
+        "name": "12", "url": body["url"], "source": "api", "state": "up", "rate_per_second": 50.0, "burst": 5,
+        "concurrency": 32, "signed": true, "headers": ["x-api-key"],
+    });
+    assert_eq!(shown, expected);
+    assert_eq!(relay.done("GET", "/v1/endpoints/12", &NOTHING), expected);
+    let list = relay.done("GET", "/v1/endpoints", &NOTHING);
+    assert_eq!(list["endpoints"], json!([expected]));
+    assert!(!list.to_string().contains("planted") && !list.to_string().contains("whsec"));
+    let push = push_to("m1", &saved).remove(0);
+    assert_eq!(push.header("x-api-key"), "planted");
+    assert!(!push.header("webhook-signature").is_empty());
+
+    // A secret that is left out is kept, null removes it; everything else is replaced.
+    let put = |body: Value| relay.done("PUT", "/v1/endpoints/12", &body);
+    let url = format!("http://{}/", saved.address);
+    assert_eq!(
+        (&put(json!({ "url": url }))["signed"], &put(json!({ "url": url }))["headers"]),
+        (&json!(true), &json!([]))
+    );
+    assert_eq!(put(json!({ "url": url, "secret": null }))["signed"], false);
+
+    // It is there after a crash; and after the DELETE the file counts again.
+    let relay = Relay::start_in(relay.kill(), &config(file.address, ""));
+    assert_eq!(relay.done("GET", "/v1/endpoints/12", &NOTHING)["source"], "api");
+    relay.done("DELETE", "/v1/endpoints/12", &NOTHING);
+    assert_eq!(relay.call("DELETE", "/v1/endpoints/12", &NOTHING).status, 404);
+    assert_eq!(relay.done("GET", "/v1/endpoints/12", &NOTHING)["source"], "config");
+    relay.queue(&event("a", "m2"));
+    file.wait("m2 at the file's", |pushes| pushes.iter().any(|push| push.message_ids() == ["m2"]));
+    assert_eq!(relay.call("GET", "/v1/endpoints/99", &NOTHING).status, 404);
+}
+
+#[test]
+fn no_address_means_no_push_and_what_waits_goes_to_the_address_of_the_moment() {
+    let receiver = Receiver::start();
+    let relay = Relay::start(&format!(
+        "[endpoints.default]\nurl = \"http://{}/\"\n[backoff]\ninitial = \"50ms\"\nmax = \"100ms\"\n",
+        receiver.address
+    ));
+    relay.done("PUT", "/v1/endpoints/12", &json!({ "url": null }));
+    assert_eq!(relay.post(&event("a", "m0")).json()["reason"], "no_push_address");
+    let other = Receiver::start();
+    other.answer_status(500);
+    let put = |address: SocketAddr| {
+        relay.done("PUT", "/v1/endpoints/12", &json!({ "url": format!("http://{address}/") }));
+    };
+    put(other.address);
+    relay.queue(&event("a", "m1"));
+    other.wait_pushes(1);
+    put(receiver.address);
+    assert_eq!(receiver.wait_delivered(1), ["m1"]);
+    // An endpoint that goes takes what waits for it to the dead letters.
+    put(other.address);
+    relay.queue(&event("a", "m2"));
+    other.wait("it", |pushes| pushes.iter().any(|push| push.message_ids() == ["m2"]));
+    relay.done("PUT", "/v1/endpoints/12", &json!({ "url": null }));
+    let labels = [("endpoint", "12"), ("reason", "endpoint_removed")];
+    relay.wait_metric("h5push_dead_letters_total", &labels, |count| count == 1.0);
+}
+
+#[test]
+fn bad_endpoints_are_refused() {
+    let receiver = Receiver::start();
+    let relay = Relay::start(&config(receiver.address, "[push]\nallow_networks = [\"10.20.0.0/16\"]\n"));
+    let refused = [
+        json!({}),
+        json!({ "url": 7 }),
+        json!({ "url": "not a url" }),
+        json!({ "url": "ftp://example.com/" }),
+        json!({ "url": "https://user:pw@example.com/" }),
+        json!({ "url": "https://example.com/#part" }),
+        json!({ "url": "http://127.0.0.1/" }),
+        json!({ "url": "http://127.1/" }),
+        json!({ "url": "http://2130706433/" }),
+        json!({ "url": "http://[::ffff:127.0.0.1]/" }),
+        json!({ "url": "http://169.254.169.254/latest/meta-data" }),
+        json!({ "url": "https://[fd00::1]/" }),
+        json!({ "url": "https://a.example/", "headers": { "Host": "b" } }),
+        json!({ "url": "https://a.example/", "headers": { "Content-Length": "1" } }),
+        json!({ "url": "https://a.example/", "headers": { "webhook-id": "b" } }),
+        json!({ "url": "https://a.example/", "headers": { "transfer-encoding": "b" } }),
+        json!({ "url": "https://a.example/", "headers": { "Connection": "b" } }),
+        json!({ "url": "https://a.example/", "headers": { "x": "a\nb" } }),
+        json!({ "url": "https://a.example/", "secret": "short" }),
+        json!({ "url": "https://a.example/", "rate_per_second": 0 }),
+        json!({ "url": "https://a.example/", "rate_per_second": -1 }),
+        json!({ "url": "https://a.example/", "burst": 0 }),
+        json!({ "url": "https://a.example/", "concurrency": 0 }),
+        json!({ "url": "https://a.example/", "rate_per_secnd": 5 }),
+        json!({ "url": format!("https://a.example/{}", "x".repeat(5_000)) }),
+    ];
+    for body in refused {
+        let response = relay.call("PUT", "/v1/endpoints/13", &body);
+        assert_eq!((response.status, response.code().as_str()), (400, "invalid_request"), "{body}");
+    }
+    for name in ["survey", "0", "012", "x", "-1"] {
+        let response = relay.call("PUT", &format!("/v1/endpoints/{name}"), &json!({ "url": "https://a.example/" }));
+        assert_eq!(response.status, 400, "{name}");
+    }
+    assert_eq!(relay.call("GET", "/v1/endpoints/13", &NOTHING).status, 404);
+    relay.done("PUT", "/v1/endpoints/13", &json!({ "url": "http://10.20.3.4/" }));
+}
+
+#[test]
+fn a_forbidden_address_gets_no_packet_and_a_reload_closes_what_was_allowed() {
+    let receiver = Receiver::start();
+    let blocked = [("endpoint", "12"), ("result", "blocked_address")];
+    for host in ["127.0.0.1", "localhost", "127.1", "2130706433", "[::ffff:127.0.0.1]"] {
+        let config = format!(
+            "[endpoints.12]\nurl = \"http://{host}:{}/\"\n[push]\nallow_networks = []\n",
+            receiver.address.port()
+        );
+        let relay = Relay::start(&config);
+        relay.queue(&event("a", "m0"));
+        relay.wait_metric("h5push_push_attempts_total", &blocked, |count| count >= 1.0);
+        assert!(relay.log().contains("allow_networks"), "{}", relay.log());
+        assert_eq!(receiver.pushes().len(), 0, "{host}");
+    }
+    // A pooled connection does not outlive the rule it was made under.
+    let relay = Relay::start(&config(receiver.address, "[push]\nallow_networks = [\"127.0.0.0/8\"]\n"));
+    relay.queue(&event("a", "m1"));
+    receiver.wait_delivered(1);
+    let path = relay.dir.path().join("config.toml");
+    let text = std::fs::read_to_string(&path).unwrap();
+    std::fs::write(&path, text.replace("127.0.0.0/8", "10.0.0.0/8")).unwrap();
+    relay.signal("HUP");
+    wait_until("it is read", || relay.log().contains("read anew"));
+    relay.queue(&event("a", "m2"));
+    relay.wait_metric("h5push_push_attempts_total", &blocked, |count| count >= 1.0);
+    assert_eq!(receiver.pushes().len(), 1);
+}
+
+#[test]
+fn pushes_are_verified_by_implementations_that_are_not_ours() {
+    let receiver = Receiver::start();
+    let old = "whsec_C2FVsBQIhrscChlQIMV+b5sSYspob7oD";
+    let relay = Relay::start(&config(receiver.address, &format!("secret = \"{SECRET} {old}\"\n")));
+    let mut posted = event("客户", "m0");
+    posted["messages"][0]["data"] = json!({ "content": "您好 🚚 \u{1}\"\\" });
+    relay.queue(&posted);
+    let push = receiver.wait_pushes(1).remove(0);
+    let input = json!({
+        "body": String::from_utf8(push.body.clone()).unwrap(),
+        "headers": { "webhook-id": push.header("webhook-id"), "webhook-timestamp": push.header("webhook-timestamp"),
+                     "webhook-signature": push.header("webhook-signature") },
+    });
+    // Our own command for whoever builds a receiver says the same.
+    for (secret, expected) in [(SECRET, 0), (old, 0), ("whsec_AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA", 1)] {
+        let mut verify = Command::new(env!("CARGO_BIN_EXE_h5push-relay"))
+            .args(["verify", "--secret", secret])
+            .args(["--id", push.header("webhook-id"), "--timestamp", push.header("webhook-timestamp")])
+            .args(["--signature", push.header("webhook-signature")])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        verify.stdin.take().unwrap().write_all(&push.body).unwrap();
+        let done = verify.wait_with_output().unwrap();
+        assert_eq!(done.status.code(), Some(expected), "{done:?}");
+    }
+    let python = "import sys,json\nfrom standardwebhooks.webhooks import Webhook\nd=json.load(sys.stdin)\n\
+                  [Webhook(s).verify(d['body'],d['headers']) for s in sys.argv[1:]]\n";
+    let node = "const {Webhook}=require('standardwebhooks');const d=JSON.parse(require('fs').readFileSync(0));\
+                for(const s of process.argv.slice(1))new Webhook(s).verify(d.body,d.headers)";
+    let tools = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("webhooks");
+    std::fs::create_dir_all(&tools).unwrap();
+    let python_dir = tools.join("python");
+    let npm_dir = tools.join("node");
+    let install = |program: &str, arguments: &[&str], is_there: bool| {
+        is_there
+            || Command::new(program)
+                .args(arguments)
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .status()
+                .is_ok_and(|status| status.success())
+    };
+    let pip = ["-m", "pip", "install", "--quiet", "--target", python_dir.to_str().unwrap(), "standardwebhooks==1.1.0"];
+    let npm = ["install", "--silent", "--prefix", npm_dir.to_str().unwrap(), "standardwebhooks@1.1.1"];
+    let verifiers = [
+        (
+            "python3",
+            install("python3", &pip, python_dir.exists()),
+            vec!["-c", python],
+            ("PYTHONPATH", python_dir.clone()),
+        ),
+        ("node", install("npm", &npm, npm_dir.exists()), vec!["-e", node], ("NODE_PATH", npm_dir.join("node_modules"))),
+    ];
+    for (program, is_installed, arguments, (variable, value)) in verifiers {
+        if !is_installed {
+            println!("SKIPPED: {program}'s standardwebhooks could not be installed");
+            continue;
+        }
+        let check = |input: &Value| {
+            let mut child = Command::new(program)
+                .args(&arguments)
+                .args([SECRET, old])
+                .env(variable, &value)
+                .stdin(Stdio::piped())
+                .stderr(Stdio::piped())
+                .spawn()
+                .unwrap();
+            child.stdin.take().unwrap().write_all(input.to_string().as_bytes()).unwrap();
+            child.wait_with_output().unwrap()
+        };
+        let done = check(&input);
+        assert!(done.status.success(), "{program}: {}", String::from_utf8_lossy(&done.stderr));
+        let mut forged = input.clone();
+        forged["body"] = json!("{}");
+        assert!(!check(&forged).status.success(), "{program} takes anything");
+    }
+}
+
+/// An OpenSSL server with its own certificate authority; answers every request with 200.
+struct OpenSsl {
+    child: std::process::Child,
+    address: SocketAddr,
+}
+
+impl OpenSsl {
+    fn start(dir: &std::path::Path, cert: &str, more: &[&str]) -> OpenSsl {
+        let address = free_address();
+        let child = Command::new("openssl")
+            .args(["s_server", "-quiet", "-www", "-accept", &address.to_string()])
+            .args(["-cert", &format!("{cert}.pem"), "-key", &format!("{cert}.key")])
+            .args(more)
+            .current_dir(dir)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let server = OpenSsl { child, address };
+        wait_until("openssl listens", || std::net::TcpStream::connect(address).is_ok());
+        server
+    }
+}
+
+impl Drop for OpenSsl {
+    fn drop(&mut self) {
+        self.child.kill().ok();
+        self.child.wait().ok();
+    }
+}
+
+fn openssl(dir: &std::path::Path, line: &str) {
+    let done = Command::new("openssl").args(line.split(' ')).current_dir(dir).output().unwrap();
+    assert!(done.status.success(), "openssl {line}: {}", String::from_utf8_lossy(&done.stderr));
+}
+
+#[test]
+fn receivers_with_bad_tls_fail_as_tls_and_the_log_says_why() {
+    if Command::new("openssl").arg("version").output().is_err() {
+        println!("SKIPPED: there is no openssl");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    openssl(dir, "req -x509 -newkey rsa:2048 -nodes -keyout ca.key -out ca.pem -days 30 -subj /CN=ca");
+    openssl(dir, "req -x509 -newkey rsa:2048 -nodes -keyout other-ca.key -out other-ca.pem -days 30 -subj /CN=other");
+    let issue = |name: &str, host: &str, ca: &str, days: &str| {
+        std::fs::write(dir.join("ext"), format!("subjectAltName=DNS:{host}\n")).unwrap();
+        openssl(dir, &format!("req -new -newkey rsa:2048 -nodes -keyout {name}.key -out {name}.csr -subj /CN={name}"));
+        openssl(
+            dir,
+            &format!(
+                "x509 -req -in {name}.csr -CA {ca}.pem -CAkey {ca}.key -CAcreateserial -out {name}.pem {days} -extfile ext"
+            ),
+        );
+    };
+    issue("good", "localhost", "ca", "-days 30");
+    issue("wrong-name", "elsewhere.test", "ca", "-days 30");
+    issue("unknown-ca", "localhost", "other-ca", "-days 30");
+    issue("client", "client.test", "ca", "-days 30");
+    openssl(
+        dir,
+        "req -x509 -newkey rsa:2048 -nodes -keyout self.key -out self.pem -days 30 -subj /CN=localhost -addext subjectAltName=DNS:localhost",
+    );
+    // `x509 -req` takes only days from now: an expired one comes of a day that is over.
+    issue("expired", "localhost", "ca", "-days -1");
+    let servers = [
+        ("good", OpenSsl::start(dir, "good", &[]), ""),
+        ("wrong-name", OpenSsl::start(dir, "wrong-name", &[]), "not valid for name"),
+        ("unknown-ca", OpenSsl::start(dir, "unknown-ca", &[]), "UnknownIssuer"),
+        ("self", OpenSsl::start(dir, "self", &[]), ""),
+        ("expired", OpenSsl::start(dir, "expired", &[]), "Expired"),
+        ("old", OpenSsl::start(dir, "good", &["-tls1_1", "-cipher", "ALL:@SECLEVEL=0"]), ""),
+        ("no-ecdhe", OpenSsl::start(dir, "good", &["-tls1_2", "-cipher", "AES128-GCM-SHA256"]), ""),
+        ("mutual", OpenSsl::start(dir, "good", &["-Verify", "1", "-CAfile", "ca.pem", "-verify_return_error"]), ""),
+        (
+            "mutual-known",
+            OpenSsl::start(dir, "good", &["-Verify", "1", "-CAfile", "ca.pem", "-verify_return_error"]),
+            "",
+        ),
+    ];
+    let mut config = String::new();
+    for (number, (name, server, _)) in servers.iter().enumerate() {
+        let more = match *name {
+            "mutual-known" => format!(
+                "client_cert_file = {:?}\nclient_key_file = {:?}\n",
+                dir.join("client.pem"),
+                dir.join("client.key")
+            ),
+            _ => String::new(),
+        };
+        let port = server.address.port();
+        config += &format!("[endpoints.{}]\nurl = \"https://localhost:{port}/\"\n{more}", number + 1);
+    }
+    let relay = Relay::start(&format!("{config}[tls]\nextra_ca_file = {:?}\n", dir.join("ca.pem")));
+    for (number, (name, _, problem)) in servers.iter().enumerate() {
+        let mut posted = event("a", &format!("m{number}"));
+        posted["im_web_plugin_id"] = json!(number + 1);
+        relay.queue(&posted);
+        let endpoint = (number + 1).to_string();
+        let attempts = |result: &str| {
+            relay.metric("h5push_push_attempts_total", &[("endpoint", endpoint.as_str()), ("result", result)])
+        };
+        // Any answer at all says that the session stands: `openssl s_server -www` answers 200 to a GET only.
+        let spoke =
+            || attempts("ok") + attempts("error_status") + attempts("refused") + attempts("io") + attempts("timeout");
+        wait_until(name, || spoke() + attempts("tls") > 0.0);
+        match *name {
+            "good" | "mutual-known" => assert_eq!(attempts("tls"), 0.0, "{name}: {}", relay.log()),
+            // With TLS 1.3 a missing client certificate is told after the handshake.
+            "mutual" => assert_eq!(attempts("ok"), 0.0, "{name}"),
+            _ => {
+                assert_eq!(spoke(), 0.0, "{name}");
+                let log = relay.log();
+                let line = log.lines().find(|line| line.contains(&format!("no push can be sent endpoint={endpoint} ")));
+                assert!(
+                    line.is_some_and(|line| line.contains("tls") && line.contains(problem)),
+                    "{name}: {line:?}\n{log}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn planted_secrets_are_nowhere_to_be_seen() {
+    let receiver = Receiver::start();
+    let dir = tempfile::tempdir().unwrap();
+    let token = dir.path().join("token");
+    std::fs::write(&token, "planted-local-token").unwrap();
+    let listen = free_address();
+    let secret = "whsec_cGxhbnRlZC1zaWduaW5nLXNlY3JldC0xMjM0NTY3ODkw";
+    let config = format!(
+        "[local]\ntoken_file = {token:?}\n[endpoints.12]\nurl = \"http://{}/push?planted-in-query\"\nsecret = \"{secret}\"\n\
+         headers = {{ x-key = \"planted-header\" }}\n[backoff]\ninitial = \"20ms\"\nmax = \"40ms\"\n\
+         [open_api]\nlisten = \"{listen}\"\naccounts = [{{ email = \"a@b\", token = \"planted-account\" }}]\n",
+        receiver.address
+    );
+    receiver.answer(|push| match push.header("h5push-attempt") {
+        "1" => Answer::Status(500),
+        "2" => Answer::With(302, "location", "/elsewhere"),
+        _ => Answer::Status(410),
+    });
+    let relay = Relay::start(&config.replace("[backoff]", "[log]\nattempts = true\nlevel = \"debug\"\n[backoff]"));
+    let bearer = [("authorization", "Bearer planted-local-token"), ("content-type", "application/json")];
+    let mut posted = event("wang", "m0");
+    posted["messages"][0]["data"] = json!({ "content": "planted-content" });
+    assert_eq!(request(relay.local, "POST", "/v1/events", &bearer, posted.to_string().as_bytes()).status, 202);
+    relay.wait_metric("h5push_dead_letters", &[("endpoint", "12")], |count| count == 1.0);
+    let mut seen = relay.log();
+    seen += &get(relay.metrics, "/metrics").text();
+    for path in ["/v1/status", "/v1/lanes", "/v1/dead-letters"] {
+        seen += &request(relay.local, "GET", path, &bearer, b"").text();
+    }
+    let endpoints = request(relay.local, "GET", "/v1/endpoints", &bearer, b"").text();
+    assert!(!endpoints.contains("planted-header") && !endpoints.contains("whsec"));
+    let checked = Command::new(env!("CARGO_BIN_EXE_h5push-relay"))
+        .args(["check-config", "--config"])
+        .arg(relay.dir.path().join("config.toml"))
+        .output()
+        .unwrap();
+    seen += &String::from_utf8([checked.stdout, checked.stderr].concat()).unwrap();
+    for planted in ["planted", "whsec_", "cGxhbnRlZ"] {
+        let at = seen.find(planted);
+        assert_eq!(at, None, "{}", at.map_or("", |at| &seen[at.saturating_sub(200)..(at + 100).min(seen.len())]));
+    }
+    // Whoever can read the file of a secret is told of.
+    use std::os::unix::fs::PermissionsExt as _;
+    std::fs::set_permissions(&token, std::fs::Permissions::from_mode(0o644)).unwrap();
+    relay.signal("HUP");
+    wait_until("the warning", || relay.log().contains("others may read it"));
+}
+
+#[test]
+fn a_slow_name_server_is_not_waited_for_by_others() {
+    // A host that does not resolve costs its own attempts only.
+    let receiver = Receiver::start();
+    let relay = Relay::start(&config(receiver.address, "[endpoints.13]\nurl = \"http://does-not-resolve.invalid/\"\n"));
+    let mut posted = event("a", "m0");
+    posted["im_web_plugin_id"] = json!(13);
+    relay.queue(&posted);
+    relay.queue(&event("b", "m1"));
+    receiver.wait_delivered(1);
+    let labels = [("endpoint", "13"), ("result", "connect")];
+    relay.wait_metric("h5push_push_attempts_total", &labels, |count| count >= 1.0);
+    std::thread::sleep(Duration::from_millis(10));
+}
