@@ -68,7 +68,10 @@ fn the_domain_reads_no_clock_and_does_no_io() {
         if module == "domain" {
             for word in [
                 "std::fs",
-                "std::net",
+                "TcpStream",
+                "TcpListener",
+                "UdpSocket",
+                "ToSocketAddrs",
                 "std::io",
                 "Instant::now",
                 "time::Instant",
