@@ -14,6 +14,7 @@ mod crash;
 mod customers;
 mod hostile;
 mod limits;
+mod monitoring;
 mod network;
 mod operate;
 mod process;
