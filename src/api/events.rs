@@ -96,7 +96,7 @@ pub(super) async fn post(api: &Api, form: Form, body: &[u8]) -> Result<Answer, A
 }
 
 /// `GET /v1/events/{event_id}`: was it pushed, and when.
-pub(super) async fn show(api: &Api, named: &str, query: &str) -> Result<Answer, ApiError> {
+pub(super) async fn show(api: &Api, event_id: &str, query: &str) -> Result<Answer, ApiError> {
     #[derive(Serialize)]
     struct Shown<'a> {
         event_id: &'a str,
@@ -104,14 +104,13 @@ pub(super) async fn show(api: &Api, named: &str, query: &str) -> Result<Answer, 
         accepted_at: String,
         settled_at: Option<String>,
     }
-    let event_id = query::decoded(named)?;
     let plugin = form_urlencoded::parse(query.as_bytes()).find(|(name, _)| name == "im_web_plugin_id");
     let plugin = plugin.filter(|(_, value)| !value.is_empty()).map_or(Some(Plugin::NONE), |(_, value)| {
         let is_number = value.bytes().all(|byte| byte.is_ascii_digit());
         value.parse().ok().filter(|_| is_number).and_then(Plugin::new)
     });
     let plugin = plugin.ok_or_else(|| error(Code::InvalidRequest, "im_web_plugin_id: must be a number"))?;
-    let given = api.store.hashing().given_event(plugin, &event_id);
+    let given = api.store.hashing().given_event(plugin, event_id);
     // An id that was derived says its own key.
     let derived = event_id.strip_prefix("mid_").and_then(|hex| u128::from_str_radix(hex, 16).ok());
     let store = api.store.clone();
@@ -131,7 +130,7 @@ pub(super) async fn show(api: &Api, named: &str, query: &str) -> Result<Answer, 
         Some(Ending::Withdrawn) => "withdrawn",
     };
     let shown = Shown {
-        event_id: &event_id,
+        event_id,
         state,
         accepted_at: query::rfc3339(fate.accepted_s * 1_000),
         settled_at: fate.ended.map(|(_, second)| query::rfc3339(second * 1_000)),

@@ -14,7 +14,7 @@ use tokio::sync::OwnedSemaphorePermit;
 
 use super::answer::{Answer, ApiError, Code, error};
 use super::events::Form;
-use super::query::Query;
+use super::query::{Query, decoded};
 use super::udesk::{self, BodyForm};
 use super::{Api, customers, dead_letters, endpoints, events, h5push, metrics, operate, page, survey};
 use crate::config::Secret;
@@ -143,6 +143,7 @@ async fn handle(
         let allowed = route.methods();
         return Err(error(Code::MethodNotAllowed(allowed), format!("method: {allowed} only")));
     }
+    let named = &*decoded(named)?;
     let query = request.uri().query().unwrap_or("").to_owned();
     let bytes_max = config.local.max_body_bytes;
     match route {

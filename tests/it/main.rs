@@ -10,6 +10,7 @@
 )]
 
 mod accept;
+mod command_line;
 mod crash;
 mod customers;
 mod hostile;
@@ -17,6 +18,7 @@ mod limits;
 mod monitoring;
 mod network;
 mod operate;
+mod page;
 mod process;
 mod push;
 mod support;

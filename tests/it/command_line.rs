@@ -1,0 +1,151 @@
+//! The subcommands for operators, as they are typed.
+
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+use crate::support::*;
+
+fn run(relay: &Relay, arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_h5push-relay"))
+        .args(arguments)
+        .arg("--config")
+        .arg(relay.dir.path().join("config.toml"))
+        .output()
+        .unwrap()
+}
+
+fn done(relay: &Relay, line: &str) -> String {
+    let output = run(relay, &line.split(' ').collect::<Vec<_>>());
+    assert!(output.status.success(), "{line}: {output:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn operators_see_and_do_everything_from_the_command_line() {
+    let receiver = Receiver::start();
+    let relay = Relay::start(&config(
+        receiver.address,
+        "[backoff]\ninitial = \"1h\"\nmax = \"1h\"\n[local]\ntoken = \"s3cret\"\n",
+    ));
+    let bearer = [("authorization", "Bearer s3cret"), ("content-type", "application/json")];
+    let post = |customer: &str, id: &str| {
+        let text = event(customer, id).to_string();
+        assert_eq!(request(relay.local, "POST", "/v1/events", &bearer, text.as_bytes()).status, 202);
+    };
+    receiver.answer_status(500);
+    post("王小明", "m0");
+    post("b", "m1");
+    receiver.wait_pushes(2);
+    wait_until("both wait", || done(&relay, "lanes list").matches("status 500").count() == 2);
+    let status = done(&relay, "status");
+    assert!(status.contains("2 events wait") && status.contains("ENDPOINT"), "{status}");
+    assert!(!status.contains('\u{1b}'), "no colours off a terminal");
+    let json: Value = serde_json::from_str(&done(&relay, "status --json")).unwrap();
+    assert_eq!(json["outbox"]["events"], 2);
+    assert!(done(&relay, "lanes list --web-token b").lines().count() == 2);
+    assert!(done(&relay, "lanes bury --endpoint 12 --web-token b").contains("1 events became dead letters"));
+    assert!(done(&relay, "endpoints pause 12").contains("12 is paused"));
+    assert!(done(&relay, "endpoints resume 12").contains("12 is up"));
+    let letters = done(&relay, "dead-letters list");
+    let id = letters.lines().nth(1).unwrap().split(' ').next().unwrap().to_owned();
+    assert!(done(&relay, &format!("dead-letters show {id}")).contains("\"message_id\":\"m1\""));
+    receiver.answer_status(200);
+    assert!(done(&relay, "dead-letters replay --all").contains("1 dead letters are back"));
+    done(&relay, "endpoints retry 12");
+    receiver.wait_delivered(2);
+    assert!(done(&relay, "endpoints test 12").contains("ok"));
+    assert!(done(&relay, "toggle set --web-token b --plugin 12 off").contains("would not be pushed"));
+    assert!(done(&relay, "toggle get --web-token b --plugin 12").contains("无推送"));
+    assert!(done(&relay, "customers show b --plugin 12").contains("off"));
+    assert!(done(&relay, "customers forget b").contains("Forgotten"));
+    let set = format!("endpoints set 13 --url http://{}/x --rate-per-second 5 --header x-key:1", receiver.address);
+    assert!(done(&relay, &set).contains("x-key"));
+    assert!(done(&relay, "endpoints list").contains("api"));
+    assert!(done(&relay, "endpoints delete 13").contains("deleted"));
+    assert!(done(&relay, "dead-letters purge --all").contains("0 dead letters"));
+
+    // What goes wrong has a status, and says what to do.
+    let failed = run(&relay, &["customers", "show", "nobody"]);
+    assert_eq!(failed.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&failed.stderr).contains("no such customer"));
+    assert_eq!(run(&relay, &["dead-letters", "purge"]).status.code(), Some(2), "nothing is selected");
+    assert_eq!(run(&relay, &["store", "stats"]).status.code(), Some(1), "the relay is running");
+    let dir = relay.kill();
+    let output = Command::new(env!("CARGO_BIN_EXE_h5push-relay"))
+        .args(["status", "--config"])
+        .arg(dir.path().join("config.toml"))
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("systemctl status h5push-relay"));
+}
+
+#[test]
+fn a_stopped_store_is_verified_counted_and_exported() {
+    let receiver = Receiver::start();
+    receiver.answer_status(500);
+    let relay = Relay::start(&config(receiver.address, "[backoff]\ninitial = \"1h\"\nmax = \"1h\"\n"));
+    for number in 0..5 {
+        relay.queue(&event(&format!("c{}", number % 2), &format!("m{number}")));
+    }
+    let dir = relay.stop();
+    let store = |call: &str| {
+        Command::new(env!("CARGO_BIN_EXE_h5push-relay"))
+            .args(["store", call, "--config"])
+            .arg(dir.path().join("config.toml"))
+            .output()
+            .unwrap()
+    };
+    let text = |output: &Output| String::from_utf8(output.stdout.clone()).unwrap();
+    assert!(text(&store("verify")).contains("whole"));
+    assert!(text(&store("stats")).contains("12        5"), "{}", text(&store("stats")));
+    let exported = text(&store("export"));
+    let events: Vec<Value> = exported.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let of = |customer: &str| -> Vec<&str> {
+        let theirs = events.iter().filter(|event| event["web_token"] == customer);
+        theirs.map(|event| event["messages"][0]["message_id"].as_str().unwrap()).collect()
+    };
+    assert_eq!((of("c0"), of("c1")), (vec!["m0", "m2", "m4"], vec!["m1", "m3"]));
+    // Looking changed nothing: the relay delivers all of it.
+    receiver.answer_status(200);
+    let relay = Relay::start_in(std::sync::Arc::clone(&dir), &config(receiver.address, ""));
+    relay.call("POST", "/v1/endpoints/12/retry", &Value::Null);
+    receiver.wait_delivered(5);
+    drop(relay.stop());
+    // Damage is said, with its place.
+    let journal = dir.path().join("data/journal");
+    let mut segments: Vec<_> = std::fs::read_dir(&journal).unwrap().map(|entry| entry.unwrap().path()).collect();
+    segments.retain(|path| path.extension().is_some_and(|extension| extension == "log"));
+    segments.sort();
+    let bytes = std::fs::read(&segments[0]).unwrap();
+    let at = bytes
+        .windows(4)
+        .position(|window| window == b"\"m0\"")
+        .or_else(|| bytes.windows(2).position(|window| window == b"c0"));
+    if let Some(at) = at {
+        let mut damaged = bytes;
+        damaged[at] ^= 1;
+        std::fs::write(&segments[0], damaged).unwrap();
+        let output = store("verify");
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        assert!(text(&output).contains("DAMAGED"));
+    }
+}
+
+#[test]
+fn completions_and_man_pages_come_from_the_program_itself() {
+    let print = |arguments: &[&str]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_h5push-relay")).args(arguments).output().unwrap();
+        assert!(output.status.success(), "{arguments:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    for shell in ["bash", "zsh", "fish"] {
+        assert!(print(&["completions", shell]).contains("dead-letters"), "{shell}");
+    }
+    assert!(print(&["man"]).starts_with(".ie"));
+    let dir = tempfile::tempdir().unwrap();
+    print(&["man", "--dir", dir.path().to_str().unwrap()]);
+    assert!(dir.path().join("h5push-relay.1").exists());
+    assert!(dir.path().join("h5push-relay-dead-letters-replay.1").exists());
+}
