@@ -9,7 +9,7 @@ use arc_swap::ArcSwap;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
-use crate::api::{self, Api, Bound, Callers, Inherited, Reload};
+use crate::api::{self, Api, Bound, Callers, History, Inherited, Reload};
 use crate::clock;
 use crate::config::{Config, ConfigError, Endpoints};
 use crate::domain::push::PushBounds;
@@ -129,6 +129,7 @@ impl App {
         }
         listeners.spawn(api::serve_local(local, Arc::clone(&api), local_stopped));
         let mut scrapes = JoinSet::new();
+        scrapes.spawn(History::keep(Arc::clone(&api)));
         scrapes.spawn(api::serve_metrics(scrape, Arc::clone(&api), metrics_stopped));
         api.is_up.store(true, Ordering::SeqCst);
         Ok(App {
@@ -288,6 +289,7 @@ fn new_api(
         changes: tokio::sync::Mutex::default(),
         replaying: tokio::sync::Mutex::default(),
         reload: Mutex::default(),
+        history: History::default(),
         begun: clock::now(),
         callers: Callers::default(),
         bodies: Arc::new(Semaphore::new(api::BODIES_KIB)),

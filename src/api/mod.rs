@@ -26,7 +26,7 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 
 pub use self::endpoints::{Reloaded, entries};
 pub use self::open_api::Callers;
-pub use self::operate::pauses;
+pub use self::operate::{History, pauses};
 pub use self::server::{
     Bound, Inherited, ListenError, Shutdown, bind_local, bind_tcp_at, serve_local, serve_metrics, serve_open_api,
 };
@@ -36,7 +36,7 @@ use crate::domain::customer::Customer;
 use crate::domain::endpoint::{EndpointName, Plugin};
 use crate::domain::gate::{self, Question};
 use crate::metrics::{EndpointNow, Metrics, Now};
-use crate::relay::{Command, View};
+use crate::relay::{AttemptsSeen, Command, View};
 use crate::store::Store;
 
 /// Memory for the bodies of requests, KiB; a single body is at most 32 MiB.
@@ -74,6 +74,8 @@ pub struct Api {
     pub replaying: tokio::sync::Mutex<()>,
     /// What the last reload of the config came to.
     pub reload: Mutex<Reload>,
+    /// How many events waited over the last hour.
+    pub history: History,
     /// When this began.
     pub begun: Instant,
     /// Who has called over the network, and how often.
@@ -117,8 +119,8 @@ impl Api {
         self.ask(|reply| Command::Waiting { plugin, web_token, reply }).await
     }
 
-    /// How everything stands, and what endpoints failed with last; `None` when the relay does not answer.
-    async fn now(&self) -> Option<(Now, operate::LastErrors)> {
+    /// How everything stands, and what was seen of attempts; `None` when the relay does not answer.
+    async fn now(&self) -> Option<(Now, AttemptsSeen)> {
         let view: View = self.ask(Command::View).await?;
         let store = self.store.clone();
         let (store_bytes, dead) =
@@ -153,7 +155,7 @@ impl Api {
             free_floor_bytes: self.config.load().min_free_disk,
             store_bytes,
         };
-        Some((now, view.last_errors))
+        Some((now, view.seen))
     }
 
     /// Whether it accepts: listeners up, store open, disk above the floor.

@@ -1,7 +1,7 @@
 //! What operators see and do (contract §6), but for dead letters: status, lanes, pausing, retrying, testing.
 
-use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, PoisonError};
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use hyper::StatusCode;
@@ -41,6 +41,7 @@ struct Status {
     dead_letters: u64,
     disk: Disk,
     config: Reloaded,
+    history_step_seconds: u64,
     endpoints: Vec<Endpoint>,
 }
 
@@ -78,10 +79,47 @@ struct Endpoint {
     /// Counters since the start, for those who want rates.
     delivered_messages: u64,
     failed_attempts: u64,
+    /// What an attempt takes, lately; `null` before the first.
+    attempt_seconds: Option<f64>,
+    /// Events that waited, a sample each `history_step_seconds`, the newest last: up to an hour.
+    history: Vec<u64>,
+}
+
+/// Events that waited for each endpoint over the last hour.
+#[derive(Debug, Default)]
+pub struct History(Mutex<BTreeMap<EndpointName, VecDeque<u64>>>);
+
+/// Between two samples, and how many there are.
+const HISTORY_STEP: Duration = Duration::from_secs(30);
+const HISTORY_MAX: usize = 120;
+
+impl History {
+    /// Takes a sample each half minute, for ever.
+    pub async fn keep(api: Arc<Api>) {
+        let mut tick = tokio::time::interval(HISTORY_STEP);
+        loop {
+            tick.tick().await;
+            let Some(view) = api.ask(Command::View).await else { continue };
+            let mut all = api.history.0.lock().unwrap_or_else(PoisonError::into_inner);
+            for endpoint in &view.endpoints {
+                let samples = all.entry(endpoint.name).or_default();
+                samples.push_back(endpoint.events);
+                if samples.len() > HISTORY_MAX {
+                    samples.pop_front();
+                }
+            }
+            all.retain(|name, _| view.endpoints.iter().any(|endpoint| endpoint.name == *name));
+        }
+    }
+
+    fn of(&self, name: EndpointName) -> Vec<u64> {
+        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.get(&name).map_or_else(Vec::new, |samples| samples.iter().copied().collect())
+    }
 }
 
 pub(super) async fn status(api: &Api) -> Result<Answer, ApiError> {
-    let (now, last_errors) = api.now().await.ok_or_else(busy)?;
+    let (now, seen) = api.now().await.ok_or_else(busy)?;
     let reload = api.reload.lock().unwrap_or_else(PoisonError::into_inner).clone();
     let endpoints: Vec<Endpoint> = now
         .endpoints
@@ -95,7 +133,9 @@ pub(super) async fn status(api: &Api) -> Result<Answer, ApiError> {
                 oldest_age_seconds: endpoint.oldest_age_seconds,
                 in_flight: endpoint.in_flight,
                 dead_letters: endpoint.dead_letters,
-                last_error: last_errors.get(&endpoint.name).cloned(),
+                last_error: seen.last_errors.get(&endpoint.name).cloned(),
+                attempt_seconds: seen.attempt_seconds.get(&endpoint.name).copied(),
+                history: api.history.of(endpoint.name),
                 delivered_messages: counted.messages_delivered.get(),
                 failed_attempts: counted.failed_attempts(),
             }
@@ -117,6 +157,7 @@ pub(super) async fn status(api: &Api) -> Result<Answer, ApiError> {
             error: reload.error,
             needs_restart: reload.needs_restart,
         },
+        history_step_seconds: HISTORY_STEP.as_secs(),
         endpoints,
     };
     Ok(answer::json(StatusCode::OK, &status))
@@ -292,6 +333,3 @@ async fn test(api: &Api, name: EndpointName) -> Result<Answer, ApiError> {
 fn wrong(message: impl Into<String>) -> ApiError {
     error(Code::InvalidRequest, message)
 }
-
-/// What endpoints failed with last.
-pub(super) type LastErrors = HashMap<EndpointName, Arc<str>>;

@@ -95,10 +95,34 @@ pub struct Configure {
 pub struct View {
     /// Every endpoint that is configured or has events.
     pub endpoints: Vec<EndpointView>,
-    /// What the last attempt of an endpoint failed with; nothing after a success.
-    pub last_errors: HashMap<EndpointName, Arc<str>>,
+    /// What was seen of attempts lately.
+    pub seen: AttemptsSeen,
     /// Bytes of records that wait, about.
     pub outbox_bytes: u64,
+}
+
+/// What was seen of attempts lately.
+#[derive(Clone, Debug, Default)]
+pub struct AttemptsSeen {
+    /// What the last attempt of an endpoint failed with; nothing after a success.
+    pub last_errors: HashMap<EndpointName, Arc<str>>,
+    /// What an attempt takes, seconds: a mean that forgets.
+    pub attempt_seconds: HashMap<EndpointName, f64>,
+}
+
+impl AttemptsSeen {
+    /// Counts the time of an attempt in.
+    pub(super) fn took(&mut self, endpoint: EndpointName, seconds: f64) {
+        const SHARE: f64 = 0.1;
+        let mean = self.attempt_seconds.entry(endpoint).or_insert(seconds);
+        *mean += SHARE * (seconds - *mean);
+    }
+
+    /// Forgets an endpoint that is gone.
+    pub(super) fn forget(&mut self, endpoint: EndpointName) {
+        self.last_errors.remove(&endpoint);
+        self.attempt_seconds.remove(&endpoint);
+    }
 }
 
 /// A lane, with where its first event is.
@@ -188,8 +212,8 @@ impl Relay {
             let seconds = Duration::from_micros(view.rate_limited.saturating_sub(before)).as_secs_f64();
             self.metrics_of(view.name).rate_limited_seconds.inc_by(seconds);
         }
-        let last_errors = self.last_errors.clone();
-        View { endpoints: views, last_errors, outbox_bytes: self.schedule.backlog.live_bytes() }
+        let seen = self.seen.clone();
+        View { endpoints: views, seen, outbox_bytes: self.schedule.backlog.live_bytes() }
     }
 
     fn lanes(

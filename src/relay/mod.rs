@@ -14,7 +14,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 
 use self::attempt::{Done, Flight, Job};
-pub use self::commands::{Command, Configure, LaneShown, Tested, View};
+pub use self::commands::{AttemptsSeen, Command, Configure, LaneShown, Tested, View};
 use self::deliverer::Target;
 pub use self::deliverer::{Deliverer, TlsError};
 pub use self::limits::max_in_flight;
@@ -85,8 +85,7 @@ pub struct Relay {
     drain: Option<oneshot::Sender<()>>,
     is_draining: bool,
     rate_limited: HashMap<EndpointName, u64>,
-    /// What the last attempt of an endpoint failed with; nothing after a success.
-    last_errors: HashMap<EndpointName, Arc<str>>,
+    seen: AttemptsSeen,
     /// What the last attempt of a lane failed with, for as many lanes as there is room.
     lane_errors: HashMap<LaneId, Arc<str>>,
     /// Who waits until nothing is being given up any more, with how many events that was.
@@ -124,7 +123,7 @@ impl Relay {
             drain: None,
             is_draining: false,
             rate_limited: HashMap::new(),
-            last_errors: HashMap::new(),
+            seen: AttemptsSeen::default(),
             lane_errors: HashMap::new(),
             bury_waiters: Vec::new(),
             reap_at: 0,
@@ -149,7 +148,7 @@ impl Relay {
             self.schedule.endpoints().map(|view| view.name).filter(|name| !self.targets.contains_key(name)).collect();
         for name in gone {
             self.schedule.remove_endpoint(name);
-            self.last_errors.remove(&name);
+            self.seen.forget(name);
         }
     }
 
@@ -380,6 +379,7 @@ impl Relay {
         if let Some(result) = done.result {
             metrics.attempt(result);
             self.metrics.push_seconds.observe(done.seconds);
+            self.seen.took(done.endpoint, done.seconds);
         }
         let delivered = done.verdict == Verdict::Delivered;
         if delivered {
@@ -408,19 +408,19 @@ impl Relay {
     ) {
         let Some(problem) = detail else {
             if result == Some(AttemptResult::Ok) {
-                self.last_errors.remove(&endpoint);
+                self.seen.last_errors.remove(&endpoint);
                 self.lane_errors.remove(&lane);
             }
             return;
         };
-        let known = self.last_errors.get(&endpoint).filter(|known| ***known == *problem).cloned();
+        let known = self.seen.last_errors.get(&endpoint).filter(|known| ***known == *problem).cloned();
         let problem = known.clone().unwrap_or_else(|| problem.into());
         if known.is_none()
             && let Some(result @ (AttemptResult::Tls | AttemptResult::BlockedAddress)) = result
         {
             tracing::warn!(%endpoint, result = result.as_str(), %problem, "no push can be sent");
         }
-        self.last_errors.insert(endpoint, Arc::clone(&problem));
+        self.seen.last_errors.insert(endpoint, Arc::clone(&problem));
         if self.lane_errors.len() < LANE_ERRORS_MAX || self.lane_errors.contains_key(&lane) {
             self.lane_errors.insert(lane, problem);
         }

@@ -17,6 +17,7 @@ mod hostile;
 mod limits;
 mod monitoring;
 mod network;
+mod openapi;
 mod operate;
 mod page;
 mod process;

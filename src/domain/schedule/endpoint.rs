@@ -158,10 +158,12 @@ impl Endpoint {
         let is_same =
             self.limits.is_some_and(|old| old.rate_per_second == limits.rate_per_second && old.burst == limits.burst);
         if !is_same {
-            let period = Duration::try_from_secs_f64(1.0 / limits.rate_per_second).unwrap_or(Duration::MAX);
-            self.limiter = Quota::with_period(period.max(Duration::from_nanos(1)))
-                .map(|quota| quota.allow_burst(NonZeroU32::new(limits.burst).unwrap_or(NonZeroU32::MIN)))
-                .map(|quota| RateLimiter::direct_with_clock(quota, clock.clone()));
+            let burst = NonZeroU32::new(limits.burst).unwrap_or(NonZeroU32::MIN);
+            // governor counts in nanoseconds of 64 bits: a burst may not fill more than half of them.
+            let period_max = Duration::from_nanos((1 << 62) / u64::from(burst.get()));
+            let period = Duration::try_from_secs_f64(1.0 / limits.rate_per_second).unwrap_or(period_max);
+            self.limiter = Quota::with_period(period.clamp(Duration::from_nanos(1), period_max))
+                .map(|quota| RateLimiter::direct_with_clock(quota.allow_burst(burst), clock.clone()));
             self.rate_limited_until = 0;
         }
         self.limits = Some(limits);
@@ -239,5 +241,46 @@ impl Endpoint {
             self.streak.lanes.push(lane);
         }
         self.down.is_none() && self.streak.failures >= failures_max && self.streak.lanes.len() >= DOWN_LANES_MIN
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_at_the_ends_of_their_ranges_are_taken() {
+        for rate_per_second in [f64::MIN_POSITIVE, 5e-324, 1e-9, 1.0, 1e12, f64::MAX] {
+            for burst in [1, u32::MAX] {
+                let mut endpoint = Endpoint::new(EndpointName::DEFAULT);
+                let clock = ToldClock::default();
+                endpoint.set_limits(Limits { rate_per_second, burst, concurrency: 1 }, &clock);
+                assert!(endpoint.take_permit(&clock, 0), "the first one is always free: {rate_per_second} {burst}");
+                endpoint.take_permit(&clock, u64::MAX);
+            }
+        }
+    }
+
+    #[test]
+    fn time_in_which_an_endpoint_was_paused_is_no_age() {
+        let mut pauses = Pauses::default();
+        assert_eq!(pauses.age(100, 160), 60);
+        pauses.begin(110, 0);
+        pauses.begin(115, 0);
+        assert!(pauses.is_paused());
+        assert_eq!(pauses.age(100, 160), 10, "it lasts");
+        pauses.end(130);
+        pauses.end(140);
+        assert_eq!(
+            (pauses.is_paused(), pauses.age(100, 160), pauses.age(120, 160), pauses.age(140, 160)),
+            (false, 40, 30, 20)
+        );
+        for round in 0..200 {
+            pauses.begin(1_000 + 10 * round, 0);
+            pauses.end(1_005 + 10 * round);
+        }
+        assert!(serde_json::to_string(&pauses).unwrap().len() < 3_000);
+        pauses.begin(100_000, 99_000);
+        assert_eq!(pauses.spans.len(), 1, "what is long over is forgotten");
     }
 }
