@@ -1,11 +1,12 @@
 //! Listeners and connections: limits on how many, how slow and how large, and how they end.
 
+use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use hyper::Request;
@@ -14,7 +15,7 @@ use hyper::rt::{Read, Write};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::{TcpListener, TcpSocket, UnixListener};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
@@ -35,6 +36,8 @@ const HEAD_MAX: usize = 64 << 10;
 const BACKLOG: u32 = 1_024;
 /// Connections for monitoring.
 const METRICS_CONNECTIONS_MAX: usize = 64;
+/// How long a connection that is to make room may take, before another one is asked.
+const EVICT_AGAIN: Duration = Duration::from_millis(50);
 /// After an error of accept(2), which is mostly a want of descriptors.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
@@ -165,38 +168,38 @@ fn group_id(group: &str) -> io::Result<u32> {
 
 /// Serves `[local]` until told to stop, then ends what is open.
 pub async fn serve_local(bound: Bound, api: Shared, shutdown: Shutdown) {
-    let connections = Arc::new(Semaphore::new(api.config.load().local.max_connections as usize));
+    let places = Places::new(api.config.load().local.max_connections as usize);
     let is_tcp = matches!(bound, Bound::Tcp(_));
     let handler = move |request: Request<Incoming>| {
         let api = Arc::clone(&api);
         async move { local::answer(&api, request, is_tcp).await }
     };
-    serve(bound, connections, || None, handler, shutdown).await;
+    serve(bound, places, || None, handler, shutdown).await;
 }
 
 /// Serves `[open_api]` until told to stop; with the certificate of now, if there is one.
 pub async fn serve_open_api(bound: Bound, api: Shared, shutdown: Shutdown) {
-    let connections = Arc::new(Semaphore::new(api.config.load().open_api.max_connections as usize));
+    let places = Places::new(api.config.load().open_api.max_connections as usize);
     let config = Arc::clone(&api);
     let tls = move || config.config.load().open_api.tls.as_ref().map(|tls| TlsAcceptor::from(Arc::clone(&tls.0)));
     let handler = move |request: Request<Incoming>| {
         let api = Arc::clone(&api);
         async move { open_api::answer(&api, request).await }
     };
-    serve(bound, connections, tls, handler, shutdown).await;
+    serve(bound, places, tls, handler, shutdown).await;
 }
 
 /// Serves `[metrics]` until told to stop.
 pub async fn serve_metrics(bound: Bound, api: Shared, shutdown: Shutdown) {
-    let connections = Arc::new(Semaphore::new(METRICS_CONNECTIONS_MAX));
+    let places = Places::new(METRICS_CONNECTIONS_MAX);
     let handler = move |request: Request<Incoming>| {
         let api = Arc::clone(&api);
         async move { metrics::answer(&api, request.method(), request.uri().path()).await }
     };
-    serve(bound, connections, || None, handler, shutdown).await;
+    serve(bound, places, || None, handler, shutdown).await;
 }
 
-async fn serve<T, H, F>(bound: Bound, connections: Arc<Semaphore>, tls: T, handler: H, mut shutdown: Shutdown)
+async fn serve<T, H, F>(bound: Bound, places: Arc<Places>, tls: T, handler: H, mut shutdown: Shutdown)
 where
     T: Fn() -> Option<TlsAcceptor>,
     H: Fn(Request<Incoming>) -> F + Clone + Send + Sync + 'static,
@@ -204,39 +207,36 @@ where
 {
     let mut open = JoinSet::new();
     loop {
-        // A place first, so that what waits, waits in the kernel.
-        let permit = tokio::select! {
-            permit = Arc::clone(&connections).acquire_owned() => permit,
-            () = ending(&mut shutdown) => break,
-        };
-        let Ok(permit) = permit else { break };
-        tokio::select! {
+        let stream = tokio::select! {
             accepted = accept(&bound) => match accepted {
-                Ok(stream) => {
-                    let (handler, shutdown, tls) = (handler.clone(), shutdown.clone(), tls());
-                    open.spawn(async move {
-                        match stream {
-                            Stream::Tcp(stream) => match tls {
-                                None => connection(TokioIo::new(stream), handler, shutdown).await,
-                                Some(tls) => {
-                                    // A peer that is no TLS client is its own affair.
-                                    if let Ok(Ok(stream)) = timeout(TLS_LIMIT, tls.accept(stream)).await {
-                                        connection(TokioIo::new(stream), handler, shutdown).await;
-                                    }
-                                }
-                            },
-                            Stream::Unix(stream) => connection(TokioIo::new(stream), handler, shutdown).await,
-                        }
-                        drop(permit);
-                    });
-                }
+                Ok(stream) => stream,
                 Err(error) => {
                     tracing::warn!(%error, "accepting a connection");
                     tokio::time::sleep(ACCEPT_AGAIN).await;
+                    continue;
                 }
             },
             () = ending(&mut shutdown) => break,
-        }
+        };
+        let place = tokio::select! {
+            place = places.take() => place,
+            () = ending(&mut shutdown) => break,
+        };
+        let (handler, shutdown, tls) = (handler.clone(), shutdown.clone(), tls());
+        open.spawn(async move {
+            match stream {
+                Stream::Tcp(stream) => match tls {
+                    None => connection(TokioIo::new(stream), handler, shutdown, place).await,
+                    Some(tls) => {
+                        // A peer that is no TLS client is its own affair.
+                        if let Ok(Ok(stream)) = timeout(TLS_LIMIT, tls.accept(stream)).await {
+                            connection(TokioIo::new(stream), handler, shutdown, place).await;
+                        }
+                    }
+                },
+                Stream::Unix(stream) => connection(TokioIo::new(stream), handler, shutdown, place).await,
+            }
+        });
         while open.try_join_next().is_some() {}
     }
     if let Bound::Unix(_, Some(path)) = &bound {
@@ -269,15 +269,21 @@ async fn accept(bound: &Bound) -> io::Result<Stream> {
     }
 }
 
-async fn connection<I, H, F>(io: I, handler: H, mut shutdown: Shutdown)
+async fn connection<I, H, F>(io: I, handler: H, mut shutdown: Shutdown, place: Place)
 where
     I: Read + Write + Unpin,
     H: Fn(Request<Incoming>) -> F,
     F: Future<Output = Answer>,
 {
     let service = service_fn(|request| {
+        place.begin();
         let answer = handler(request);
-        async move { Ok::<_, Infallible>(answer.await) }
+        let place = &place;
+        async move {
+            let answer = answer.await;
+            place.end();
+            Ok::<_, Infallible>(answer)
+        }
     });
     let connection = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
@@ -286,12 +292,110 @@ where
         .max_buf_size(HEAD_MAX)
         .serve_connection(io, service);
     let mut connection = std::pin::pin!(connection);
-    tokio::select! {
-        // A peer that breaks off or speaks no HTTP is its own affair.
-        ended = connection.as_mut() => drop(ended),
-        () = ending(&mut shutdown) => {
-            connection.as_mut().graceful_shutdown();
-            drop(connection.await);
+    loop {
+        tokio::select! {
+            // A peer that breaks off or speaks no HTTP is its own affair.
+            ended = connection.as_mut() => return drop(ended),
+            // A request may have come just now: it is answered, and another connection makes room.
+            () = place.wanted() => if place.is_idle() { return },
+            () = ending(&mut shutdown) => {
+                connection.as_mut().graceful_shutdown();
+                return drop(connection.await);
+            }
         }
+    }
+}
+
+/// As many connections as there may be. When a new one comes and there is no place, the one that has been without a
+/// request for longest makes room: so idle and dripping clients, however many, keep nobody out.
+struct Places {
+    free: Arc<Semaphore>,
+    idle: Mutex<Idle>,
+}
+
+#[derive(Default)]
+struct Idle {
+    next: u64,
+    /// Connections without a request, the longest first.
+    since: BTreeMap<u64, Arc<Notify>>,
+}
+
+impl Places {
+    fn new(max: usize) -> Arc<Places> {
+        Arc::new(Places { free: Arc::new(Semaphore::new(max)), idle: Mutex::default() })
+    }
+
+    async fn take(self: &Arc<Places>) -> Place {
+        let permit = loop {
+            if let Ok(permit) = Arc::clone(&self.free).try_acquire_owned() {
+                break permit;
+            }
+            if let Some((_, wanted)) = self.idle().since.pop_first() {
+                wanted.notify_one();
+            }
+            // None may be idle, or the one that was has just got a request.
+            if let Ok(Ok(permit)) = timeout(EVICT_AGAIN, Arc::clone(&self.free).acquire_owned()).await {
+                break permit;
+            }
+        };
+        let place = Place {
+            places: Arc::clone(self),
+            wanted: Arc::new(Notify::new()),
+            idle_at: Mutex::new(None),
+            _permit: permit,
+        };
+        place.end();
+        place
+    }
+
+    fn idle(&self) -> MutexGuard<'_, Idle> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A connection's place.
+struct Place {
+    places: Arc<Places>,
+    wanted: Arc<Notify>,
+    /// Where it stands among the idle ones.
+    idle_at: Mutex<Option<u64>>,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Place {
+    /// A request is being served.
+    fn begin(&self) {
+        if let Some(at) = self.at().take() {
+            self.places.idle().since.remove(&at);
+        }
+    }
+
+    /// It is answered.
+    fn end(&self) {
+        let mut idle = self.places.idle();
+        let at = idle.next;
+        idle.next += 1;
+        idle.since.insert(at, Arc::clone(&self.wanted));
+        drop(idle);
+        *self.at() = Some(at);
+    }
+
+    /// Another connection wants the place.
+    async fn wanted(&self) {
+        self.wanted.notified().await;
+    }
+
+    fn is_idle(&self) -> bool {
+        self.at().is_some()
+    }
+
+    fn at(&self) -> MutexGuard<'_, Option<u64>> {
+        self.idle_at.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.begin();
     }
 }

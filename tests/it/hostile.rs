@@ -271,3 +271,41 @@ fn pushes_go_over_tls_to_a_receiver_whose_ca_is_trusted_and_to_no_other() {
         relay.wait_metric("h5push_push_attempts_total", &labels, |count| count >= 1.0);
     }
 }
+
+#[test]
+fn thousands_of_idle_and_dripping_connections_keep_nobody_out() {
+    const IDLE: usize = 10_000;
+    let receiver = Receiver::start();
+    let relay = Relay::start(&config(receiver.address, "[local]\nmax_connections = 200\n"));
+    let worst = |count: usize| {
+        (0..count)
+            .map(|number| {
+                let begun = std::time::Instant::now();
+                relay.queue(&event("a", &format!("{}-{number}", fastrand::u64(..))));
+                begun.elapsed()
+            })
+            .max()
+            .unwrap()
+    };
+    let quiet = worst(50);
+    // Fewer at once where this process may not hold so many; the relay itself never holds more than it may.
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    let count = IDLE.min(limit.map_or(IDLE, |limit| (limit as usize).saturating_sub(1_000)));
+    let mut held = Vec::new();
+    let mut during = Duration::ZERO;
+    for number in 0..count {
+        let mut stream = TcpStream::connect(relay.local).unwrap();
+        if number % 3 == 0 {
+            stream.write_all(b"POST /v1/events HTTP/1.1\r\nhost: local").unwrap();
+        }
+        held.push(stream);
+        if number % 500 == 499 {
+            during = during.max(worst(5));
+        }
+    }
+    println!(
+        "{count} connections held open: slowest of 50 requests {quiet:?} without, of {} {during:?} with",
+        count / 100
+    );
+    assert!(during < Duration::from_secs(1) + 20 * quiet, "{during:?} beside {quiet:?}");
+}
