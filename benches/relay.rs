@@ -183,7 +183,7 @@ impl Relay {
         let text = format!(
             "data_dir = {:?}\n[local]\nlisten = \"{address}\"\n[metrics]\nlisten = \"{metrics}\"\n\
              [endpoints.default]\nurl = \"http://{sink}/push\"\nrate_per_second = 1e6\nburst = 100000\nconcurrency = 64\nmax_events = 100000000\n\
-             [outbox]\nmax_events = 100000000\n[push]\nallow_networks = [\"127.0.0.0/8\"]\n",
+             [outbox]\nmax_events = 100000000\n[log]\nlevel = \"debug\"\n[push]\nallow_networks = [\"127.0.0.0/8\"]\n",
             dir.path().join("data"),
         );
         std::fs::write(&config, text).unwrap();
@@ -202,7 +202,7 @@ impl Relay {
             // As systemd/h5push-relay.service has it.
             .env("MALLOC_ARENA_MAX", "2")
             .stdin(Stdio::null())
-            .stderr(Stdio::null())
+            .stderr(std::fs::File::options().create(true).append(true).open(dir.path().join("log")).unwrap())
             .spawn()
             .unwrap();
         let relay = Relay { child, address, dir };

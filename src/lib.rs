@@ -31,6 +31,8 @@ pub mod cli;
 pub mod clock;
 pub mod config;
 pub mod domain;
+#[cfg(test)]
+mod fuzz;
 pub mod log;
 pub mod metrics;
 pub mod relay;

@@ -134,4 +134,16 @@ mod tests {
             assert_eq!(call(query, form, body), Err(code), "{query} {body}");
         }
     }
+
+    #[test]
+    fn no_parameters_make_it_panic() {
+        let query = b"web_token=a%20b&im_web_plugin_id=12&h5push=true&email=a&timestamp=1&nonce=n";
+        let json = br#"{"sdk_token":"x","im_web_plugin_id":"12","h5push":false,"other":[1,{"a":null}]}"#;
+        crate::fuzz::fuzz(&[query, json], |bytes| {
+            let text = String::from_utf8_lossy(bytes);
+            for form in [BodyForm::None, BodyForm::Form, BodyForm::Json] {
+                drop(parameters(&text, form, bytes).and_then(|parameters| check(&parameters)));
+            }
+        });
+    }
 }

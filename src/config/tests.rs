@@ -140,3 +140,16 @@ fn secrets_come_from_files_and_are_never_shown() {
     assert!(parse("[local]\ntoken = \"a\"\ntoken_file = \"/nowhere\"").unwrap_err().contains("either"));
     assert!(parse("[local]\ntoken_file = \"/nowhere\"").unwrap_err().contains("/nowhere"));
 }
+
+#[test]
+fn no_text_makes_the_reader_panic() {
+    let example = include_bytes!("../../config.example.toml");
+    let small = b"[endpoints.12]\nurl = \"https://a/\"\nrate_per_second = 1e3\n[backoff]\ninitial = \"1s\"\nmax = \"9999999999years\"\n";
+    // Few of them: the example is long.
+    crate::fuzz::fuzz(&[small, small, small, small, small, small, small, example], |bytes| {
+        let Ok(text) = std::str::from_utf8(bytes) else { return };
+        if let Ok(config) = parse(text) {
+            assert!(!crate::domain::retry::Delays::new(&config.backoff).steps().is_empty());
+        }
+    });
+}

@@ -528,4 +528,20 @@ mod tests {
         assert_eq!(key(r#"{"web_token":"a","messages":[{"message_id":""}]}"#), None);
         assert_eq!(key(r#"{"web_token":"a","messages":[{"message_id":7}]}"#), None);
     }
+
+    #[test]
+    fn no_text_makes_the_parser_panic_and_what_it_takes_is_relayed_as_it_stands() {
+        let conversation = include_str!("../../tests/it/conversation.ndjson");
+        let examples: Vec<&[u8]> = conversation.lines().map(str::as_bytes).collect();
+        crate::fuzz::fuzz(&examples, |bytes| {
+            let Ok(text) = std::str::from_utf8(bytes) else { return };
+            if let Ok(event) = Event::parse(text) {
+                assert!(!event.web_token.is_empty() && text.contains(event.messages.text));
+                let body = format!("[{}]", event.messages.text);
+                // By its grammar: an escaped half of a surrogate pair is valid JSON, and the receiver's affair.
+                let is_array = serde_json::from_str::<Vec<&serde_json::value::RawValue>>(&body).is_ok();
+                assert!(event.messages.count == 0 || is_array);
+            }
+        });
+    }
 }

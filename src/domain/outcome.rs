@@ -301,4 +301,17 @@ mod tests {
             assert_eq!(retry_after(value, now), seconds.map(Duration::from_secs), "{value:?}");
         }
     }
+
+    #[test]
+    fn no_retry_after_is_longer_than_an_hour_or_panics() {
+        let examples: [&[u8]; 4] = [b"120", b"Wed, 18 Nov 2026 11:06:40 GMT", b"99999999999999999999", b"-1"];
+        crate::fuzz::fuzz(&examples, |bytes| {
+            let Ok(text) = std::str::from_utf8(bytes) else { return };
+            let wait = retry_after(text, Duration::from_secs(1_795_000_000));
+            assert!(wait.is_none_or(|wait| wait <= RETRY_AFTER_MAX));
+        });
+        crate::fuzz::fuzz(&[br#"{"code":1000,"message":"ok"}"#, br#"{"code":"9200"}"#], |bytes| {
+            assert_ne!(Report::survey(200, bytes).verdict(), Verdict::Again);
+        });
+    }
 }

@@ -159,14 +159,19 @@ impl Store {
             checkpoint,
             found: Vec::new(),
         };
+        let begun = clock::now();
         opening.find_segments().map_err(io_error(&journal))?;
+        tracing::debug!(segments = opening.found.len(), elapsed = ?begun.elapsed(), "segments found");
         let (queue, mut applier) = opening.open_queue()?;
+        tracing::debug!(elapsed = ?begun.elapsed(), "queue open");
         let remembered = |error: QueueError| OpenError::Queue(error.to_string());
         let set: BTreeMap<String, String> = queue.settings().map_err(remembered)?.into_iter().collect();
         prepare(&set, schedule);
         let mut segments = Segments::default();
         opening.load(&queue, schedule, &mut segments).map_err(io_error(&journal))?;
+        tracing::debug!(elapsed = ?begun.elapsed(), "what waits is loaded");
         let ids = opening.load_ids(&queue, applier.next_id());
+        tracing::debug!(elapsed = ?begun.elapsed(), "idempotency keys loaded");
         let mut dead = opening.open_dead(schedule).map_err(io_error(&dir))?;
         // What the rest of the journal said is gone.
         dead.write_gone(&applier.take_gone()).map_err(io_error(&dir))?;

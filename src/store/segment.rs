@@ -336,4 +336,25 @@ mod tests {
         assert_eq!(body(bytes.len() as u32 - 50), None);
         assert_eq!(read_frame(&file, SEGMENT + 1, offsets[2]).unwrap(), None);
     }
+
+    #[test]
+    fn no_bytes_make_the_reader_panic_or_go_round_for_ever() {
+        let mut whole = Vec::new();
+        for number in 0..4 {
+            let offset = whole.len() as u32;
+            super::super::codec::write_frame(&mut whole, 7, offset, offset, number, &[number as u8; 40]);
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("segment");
+        crate::fuzz::fuzz(&[&whole], |bytes| {
+            std::fs::write(&path, bytes).unwrap();
+            let file = File::options().read(true).write(true).open(&path).unwrap();
+            let mut records = 0;
+            let scan = scan(&file, 7, 0, 0, |frame| {
+                assert!(frame.header.frame_len() <= bytes.len() as u64);
+                records += 1;
+            });
+            assert!(scan.unwrap().valid_len as usize <= bytes.len() && records <= bytes.len() / 36);
+        });
+    }
 }
