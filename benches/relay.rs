@@ -183,7 +183,7 @@ impl Relay {
         let text = format!(
             "data_dir = {:?}\n[local]\nlisten = \"{address}\"\n[metrics]\nlisten = \"{metrics}\"\n\
              [endpoints.default]\nurl = \"http://{sink}/push\"\nrate_per_second = 1e6\nburst = 100000\nconcurrency = 64\nmax_events = 100000000\n\
-             [outbox]\nmax_events = 100000000\n[log]\nlevel = \"debug\"\n[push]\nallow_networks = [\"127.0.0.0/8\"]\n",
+             [outbox]\nmax_events = 100000000\n[log]\nlevel = \"info,h5push_relay::store::recover=debug\"\n[push]\nallow_networks = [\"127.0.0.0/8\"]\n",
             dir.path().join("data"),
         );
         std::fs::write(&config, text).unwrap();
