@@ -478,6 +478,8 @@ impl Schedule {
             let left = flight.bury.saturating_sub(outcome.delivered.len() as u32);
             let is_waiting = |lane: &lanes::Lane| matches!(lane.state, State::Ready | State::Waiting);
             if left > 0 && self.lanes.get(lane_id).is_some_and(is_waiting) {
+                outcome.deferred = None;
+                outcome.retry_is_over = true;
                 self.begin_burying(lane_id, left, DeathReason::Buried);
             }
         }

@@ -1,6 +1,6 @@
 //! The schedule in virtual time: seeded runs of outages, refusals, toggles and restarts, every step checked.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::time::Duration;
 
 use super::*;
@@ -78,6 +78,9 @@ struct Sim {
     due: HashMap<usize, u64>,
     /// Events withdrawn while in flight: may still be delivered, once.
     withdrawn_in_flight: Vec<usize>,
+    pauses: Vec<Pauses>,
+    /// Events that an operator gave up; a crash forgets that.
+    given_up: HashSet<usize>,
     is_healed: bool,
     slot: u16,
 }
@@ -101,6 +104,8 @@ impl Sim {
             starts: vec![VecDeque::new(); endpoints],
             due: HashMap::new(),
             withdrawn_in_flight: Vec::new(),
+            pauses: vec![Pauses::default(); endpoints],
+            given_up: HashSet::new(),
             is_healed: false,
             slot: 0,
         };
@@ -112,6 +117,7 @@ impl Sim {
         self.schedule.backlog.open(self.slot, u64::from(self.slot));
         for endpoint in 0..self.endpoints {
             self.schedule.put_endpoint(name(endpoint), limits(), self.now);
+            self.schedule.set_pauses(name(endpoint), self.pauses[endpoint].clone(), self.now);
         }
     }
 
@@ -180,11 +186,44 @@ impl Sim {
         self.due.remove(&lane);
     }
 
+    fn turn_pause(&mut self) {
+        let endpoint = self.rng.usize(0..self.endpoints);
+        let now_s = self.now / SECOND;
+        match self.pauses[endpoint].is_paused() {
+            true => self.pauses[endpoint].end(now_s),
+            false => self.pauses[endpoint].begin(now_s, 0),
+        }
+        self.schedule.set_pauses(name(endpoint), self.pauses[endpoint].clone(), self.now);
+    }
+
+    fn retry_now(&mut self) {
+        let endpoint = self.rng.usize(0..self.endpoints);
+        self.schedule.retry_now(name(endpoint), self.now);
+        let endpoints = self.endpoints;
+        self.due.retain(|lane, _| lane % endpoints != endpoint);
+    }
+
+    fn bury(&mut self) {
+        let lane = self.rng.usize(0..self.lanes);
+        let first_only = self.rng.bool();
+        let Some(id) = self.schedule.lane_id(Self::key(lane)) else { return };
+        let count = self.schedule.bury(id, first_only) as usize;
+        let waiting = (0..self.events.len())
+            .filter(|event| self.events[*event].lane == lane && self.events[*event].fate == Fate::Waiting);
+        let meant: Vec<usize> = waiting.take(count).collect();
+        assert_eq!(meant.len(), count);
+        self.given_up.extend(meant);
+        if count > 0 {
+            self.due.remove(&lane);
+        }
+    }
+
     fn start_all(&mut self) {
         while let Some(start) = self.schedule.next(self.now) {
             let lane = self.events[self.by_handle[&start.events[0]]].lane;
             let endpoint = self.endpoint_of(lane);
             assert_eq!(start.endpoint, name(endpoint));
+            assert!(!self.pauses[endpoint].is_paused(), "it is paused");
             assert!(!self.flights.iter().any(|(_, other)| other.lane == start.lane), "two pushes of a lane");
             let waiting: Vec<usize> = (0..self.events.len())
                 .filter(|event| self.events[*event].lane == lane && self.events[*event].fate == Fate::Waiting)
@@ -218,14 +257,14 @@ impl Sim {
                 match burial.reason {
                     DeathReason::Refused => assert!(self.events[event].is_poison, "a good event was given up"),
                     DeathReason::Expired => {
-                        let age = self.now / SECOND - u64::from(self.events[event].second);
+                        let pauses = &self.pauses[self.endpoint_of(self.events[event].lane)];
+                        let age = pauses.age(u64::from(self.events[event].second), self.now / SECOND);
                         assert!(age >= settings().max_age_s, "{age} s is not too old");
                     }
-                    DeathReason::Attempts
-                    | DeathReason::Gone
-                    | DeathReason::EndpointRemoved
-                    | DeathReason::Buried
-                    | DeathReason::Damaged => unreachable!("{:?}", burial.reason),
+                    DeathReason::Buried => assert!(self.given_up.contains(&event), "nobody gave it up"),
+                    DeathReason::Attempts | DeathReason::Gone | DeathReason::EndpointRemoved | DeathReason::Damaged => {
+                        unreachable!("{:?}", burial.reason)
+                    }
                 }
             }
             self.schedule.buried(&burial, self.now);
@@ -322,9 +361,12 @@ fn run(seed: u64) {
     let posts = sim.rng.usize(1..60);
     for _ in 0..posts {
         sim.post();
-        match sim.rng.u8(0..24) {
+        match sim.rng.u8(0..28) {
             0 => sim.withdraw(),
             1 => sim.restart(),
+            2 => sim.turn_pause(),
+            3 => sim.retry_now(),
+            4 => sim.bury(),
             _ => {}
         }
         let pause = sim.now + sim.rng.u64(0..2 * SECOND);
@@ -338,6 +380,10 @@ fn run(seed: u64) {
     }
     // Everything gets well, and everything ends.
     sim.is_healed = true;
+    for endpoint in 0..sim.endpoints {
+        sim.pauses[endpoint].end(sim.now / SECOND);
+        sim.schedule.set_pauses(name(endpoint), sim.pauses[endpoint].clone(), sim.now);
+    }
     let deadline = sim.now + 3_600 * SECOND;
     while sim.events.iter().any(|event| event.fate == Fate::Waiting) {
         assert!(sim.now < deadline, "stuck");
@@ -366,7 +412,7 @@ fn run(seed: u64) {
 }
 
 #[test]
-fn ten_thousand_runs_of_outages_toggles_and_restarts_hold_the_invariants() {
+fn ten_thousand_runs_of_outages_toggles_pauses_and_restarts_hold_the_invariants() {
     for seed in 0..10_000 {
         let result = std::panic::catch_unwind(|| run(seed));
         assert!(result.is_ok(), "seed {seed}");
