@@ -105,6 +105,8 @@ impl Relay {
         settings: Settings,
         metrics: Metrics,
     ) -> Relay {
+        // What was loaded is heard of: a checkpoint before the first group must not begin at the beginning.
+        let heard = store.durable();
         let mut relay = Relay {
             schedule,
             store,
@@ -119,7 +121,7 @@ impl Relay {
             bury_not_before: 0,
             notes: Vec::new(),
             ended: HashMap::new(),
-            heard: Position::default(),
+            heard,
             drain: None,
             is_draining: false,
             rate_limited: HashMap::new(),

@@ -759,6 +759,12 @@ impl Store {
         counts.into_iter().map(|(endpoint, count)| (EndpointName::from_number(endpoint), count)).collect()
     }
 
+    /// Up to where the journal is on stable storage.
+    #[must_use]
+    pub fn durable(&self) -> Position {
+        *lock(&self.inner.durable)
+    }
+
     /// Events that wait or are being stored.
     #[must_use]
     pub fn waiting(&self) -> u64 {

@@ -91,6 +91,7 @@ impl Play {
         for what in ["journal", "torn_tail", "queue", "checkpoint", "dead_letters", "state_log"] {
             assert_eq!(metrics.store.damage.with_label_values(&[what]).get(), 0, "{what}");
         }
+        self.heard = store.durable();
         assert_eq!(self.waiting(&store), self.model, "what waits after the start");
         assert_eq!(store.waiting(), self.schedule.events());
         self.open = Some((store, threads, notices));
