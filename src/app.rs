@@ -37,6 +37,9 @@ pub enum StartError {
     /// A certificate in the config is of no use.
     #[error(transparent)]
     Tls(#[from] relay::TlsError),
+    /// A listener would be open to the network without what that needs.
+    #[error("{0}")]
+    Exposed(String),
     /// A mistake in the metrics.
     #[error("metrics: {0}")]
     Metrics(#[from] prometheus::Error),
@@ -84,6 +87,7 @@ impl App {
         };
         let (local_address, metrics_address) = (local.address(), scrape.address());
         let open_api_address = open_api.as_ref().and_then(Bound::address);
+        check_exposure(&config, local_address, open_api_address).map_err(StartError::Exposed)?;
         let config = Arc::new(config);
         let mut schedule = Schedule::new(schedule_settings(&config));
         let (tell, notices) = mpsc::channel(NOTICES_MAX);
@@ -182,6 +186,8 @@ impl App {
     }
 
     async fn take_over(&self, config: Config) -> Result<Vec<&'static str>, String> {
+        // The listeners stay where they are, whatever the new file says of addresses.
+        check_exposure(&config, self.local_address, self.open_api_address)?;
         let deliverer = Deliverer::new(config.extra_ca_file.as_deref()).map_err(|error| error.to_string())?;
         for warning in &config.warnings {
             tracing::warn!("{warning}");
@@ -237,6 +243,26 @@ impl App {
         relay.abort();
         tracing::info!("stopped");
     }
+}
+
+/// Holds the addresses that are really bound (systemd may have chosen them) against the rules of contract §2.
+fn check_exposure(config: &Config, local: Option<SocketAddr>, open_api: Option<SocketAddr>) -> Result<(), String> {
+    let is_exposed = |address: &SocketAddr| !address.ip().to_canonical().is_loopback();
+    if let Some(address) = local.filter(is_exposed)
+        && config.local.token.is_none()
+    {
+        return Err(format!("[local] listens on {address}, beyond loopback: that needs local.token_file"));
+    }
+    if let Some(address) = open_api.filter(is_exposed)
+        && config.open_api.tls.is_none()
+        && !config.open_api.behind_tls_proxy
+    {
+        return Err(format!(
+            "[open_api] listens on {address}, beyond loopback: that needs open_api.tls, or \
+             open_api.behind_tls_proxy = true"
+        ));
+    }
+    Ok(())
 }
 
 /// A store that was opened without a relay, to be looked at.

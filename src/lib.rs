@@ -13,7 +13,15 @@
 //!                         domain::schedule ─> Outcome (what follows: settled | deferred | to be buried)
 //!                             │ Note
 //!                         store::note (written behind the journal, before the lane is free again)
+//!
+//! app's server ─signed POST─> api::open_api ─> the same store: switches withdraw, surveys are events of a lane of their own
+//! operator ─> api::operate ─> Command ─> relay      (pause, retry, bury, test; settings are kept by the store)
 //! ```
+//!
+//! Invariants, each with the test that holds it: a 202 is delivered, dead or withdrawn (`tests/it/crash.rs`, the store's
+//! model); a lane goes in order, one push at a time, within rate and concurrency, and nothing is stuck (the schedule's
+//! simulation); no packet goes to a forbidden address (`relay::dialer`); what is gone is not replayed
+//! (`store::dead_letters`).
 //!
 //! | module | owns | may use |
 //! | --- | --- | --- |
@@ -22,7 +30,7 @@
 //! | [`relay`] | the schedule's task, attempts, connections to receivers | domain, store, metrics, config, clock |
 //! | [`api`] | listeners, requests, answers | domain, store, relay's questions, metrics, config, clock |
 //! | [`config`] | the file as written and as needed | domain |
-//! | [`app`] | wiring, start, stop | all of these |
+//! | [`app`] | wiring, start, reload, stop | all of these |
 //! | [`cli`] | arguments, subcommands, exit codes | app |
 
 pub mod api;

@@ -1,5 +1,7 @@
 //! `/v1/customers` (contract §3).
 
+use std::time::Duration;
+
 use hyper::{Method, StatusCode};
 use serde::{Deserialize, Serialize};
 
@@ -8,6 +10,10 @@ use super::{Api, dead_letters};
 use crate::clock;
 use crate::domain::customer::{Customer, Hearing, TOKEN_BYTES_MAX, Toggle};
 use crate::domain::endpoint::Plugin;
+
+/// How long a forgotten customer's events may take to become dead letters, and how often that is looked at.
+const BURIED_LIMIT: Duration = Duration::from_secs(5);
+const BURIED_AGAIN: Duration = Duration::from_millis(20);
 
 #[derive(Deserialize)]
 struct Put {
@@ -79,7 +85,22 @@ pub(super) async fn get_or_delete(api: &Api, method: &Method, query: &str) -> Re
     check_token("web_token", &web_token)?;
     let now_s = clock::wall_ms() / 1_000;
     if method == Method::DELETE {
+        // No letter of theirs is put back meanwhile.
+        let _replaying = api.replaying.lock().await;
+        let plugins = match plugin {
+            Some(plugin) => vec![plugin],
+            None => api.store.plugins_of(&web_token)?,
+        };
         let (forgotten, withdrawn) = api.store.forget(plugin, &web_token, now_s).await?;
+        // What was being given up just now is not withdrawn: it is a dead letter in a moment.
+        let begun = clock::now();
+        for plugin in plugins {
+            while api.waiting(plugin, &web_token).await.is_some_and(|waiting| waiting > 0)
+                && begun.elapsed() < BURIED_LIMIT
+            {
+                tokio::time::sleep(BURIED_AGAIN).await;
+            }
+        }
         let dead_letters = dead_letters::forget(api, plugin, &web_token).await?;
         if forgotten == 0 && dead_letters == 0 {
             return Err(not_found());

@@ -56,8 +56,8 @@ pub(super) async fn list(api: &Api, query: &Query) -> Result<Answer, ApiError> {
     }
     let after = query.after.as_deref().map(id).transpose()?;
     let filter = LetterFilter { endpoint: query.endpoint, web_token: query.web_token.clone() };
-    let letters = fetch(api, filter, after, query.limit).await?;
-    let next = letters.last().filter(|_| letters.len() == query.limit).map(|last| last.id.to_string());
+    let (letters, ids) = fetch(api, filter, after, query.limit).await?;
+    let next = ids.last().filter(|_| ids.len() == query.limit).map(LetterId::to_string);
     let dead_letters = letters
         .iter()
         .filter_map(|letter| Some((letter, letter.dead()?)))
@@ -124,31 +124,30 @@ struct Letters<'a> {
     selected: Selected,
     after: Option<LetterId>,
     end: LetterId,
-    /// Of those named by id, how many were not there.
-    missing: u64,
 }
 
 impl<'a> Letters<'a> {
     fn new(api: &'a Api, selected: Selected) -> Letters<'a> {
-        Letters { api, selected, after: None, end: api.store.letters_end(), missing: 0 }
+        Letters { api, selected, after: None, end: api.store.letters_end() }
     }
 
-    async fn next(&mut self) -> Result<Vec<DeadLetter>, ApiError> {
+    /// The next ones: those that read back, and the names of all, of which some may not be there. `None`: no more.
+    async fn next(&mut self) -> Result<Option<(Vec<DeadLetter>, Vec<LetterId>)>, ApiError> {
         match &mut self.selected {
+            Selected::Ids(ids) if ids.is_empty() => Ok(None),
             Selected::Ids(ids) => {
                 let now: Vec<LetterId> = ids.drain(..ids.len().min(AT_ONCE)).collect();
-                let (store, count) = (self.api.store.clone(), now.len());
+                let (store, named) = (self.api.store.clone(), now.clone());
                 let read = move || now.into_iter().map(|id| store.letter(id)).collect::<Result<Vec<_>, _>>();
                 let found = tokio::task::spawn_blocking(read).await.map_err(|_| busy())?.map_err(unreadable)?;
-                let found: Vec<DeadLetter> = found.into_iter().flatten().collect();
-                self.missing += (count - found.len()) as u64;
-                if found.is_empty() && count > 0 { Box::pin(self.next()).await } else { Ok(found) }
+                Ok(Some((found.into_iter().flatten().collect(), named)))
             }
             Selected::Filter(filter) => {
-                let mut found = fetch(self.api, filter.clone(), self.after, AT_ONCE).await?;
+                let (mut found, mut ids) = fetch(self.api, filter.clone(), self.after, AT_ONCE).await?;
                 found.retain(|letter| letter.id < self.end);
-                self.after = found.last().map(|last| last.id).or(self.after);
-                Ok(found)
+                ids.retain(|id| *id < self.end);
+                self.after = ids.last().copied().or(self.after);
+                Ok((!ids.is_empty()).then_some((found, ids)))
             }
         }
     }
@@ -163,21 +162,29 @@ pub(super) async fn replay(api: &Api, body: &[u8]) -> Result<Answer, ApiError> {
     let _replaying = api.replaying.lock().await;
     let mut letters = Letters::new(api, select(body)?);
     let (mut replayed, mut skipped) = (0, 0);
-    loop {
-        let found = letters.next().await?;
-        if found.is_empty() {
-            break;
-        }
+    let mut refusal = None;
+    while let Some((found, ids)) = letters.next().await? {
         let now_ms = clock::wall_ms();
         let dead: Vec<(LetterId, Dead<'_>)> =
             found.iter().filter_map(|letter| Some((letter.id, letter.dead()?))).collect();
         let replays: Vec<Replay<'_>> =
             dead.iter().filter_map(|(id, dead)| prepare(api, *id, dead.event.as_ref()?, now_ms)).collect();
-        let done = api.store.replay(&replays, now_ms / 1_000).await?;
-        replayed += done.len() as u64;
-        skipped += (found.len() - done.len()) as u64;
+        let done = match &refusal {
+            None => api.store.replay(&replays, now_ms / 1_000).await,
+            Some(refusal) => Err(*refusal),
+        };
+        let count = match done {
+            Ok(done) => done.len() as u64,
+            // What was replayed before stands: that is no error any more.
+            Err(again) if replayed > 0 => {
+                refusal = Some(again);
+                0
+            }
+            Err(refusal) => return Err(refusal.into()),
+        };
+        replayed += count;
+        skipped += ids.len() as u64 - count;
     }
-    skipped += letters.missing;
     tracing::info!(replayed, skipped, "dead letters replayed by a call");
     Ok(answer::json(StatusCode::OK, &Done { replayed, skipped }))
 }
@@ -202,12 +209,7 @@ pub(super) async fn purge(api: &Api, body: &[u8]) -> Result<Answer, ApiError> {
     }
     let mut letters = Letters::new(api, select(body)?);
     let mut purged = 0;
-    loop {
-        let found = letters.next().await?;
-        if found.is_empty() {
-            break;
-        }
-        let ids: Vec<LetterId> = found.iter().map(|letter| letter.id).collect();
+    while let Some((_, ids)) = letters.next().await? {
         purged += api.store.purge(&ids).await?;
     }
     tracing::info!(purged, "dead letters purged by a call");
@@ -219,9 +221,9 @@ pub(super) async fn forget(api: &Api, plugin: Option<Plugin>, web_token: &str) -
     let filter = LetterFilter { endpoint: None, web_token: Some(web_token.to_owned()) };
     let (mut after, mut removed) = (None, 0);
     loop {
-        let found = fetch(api, filter.clone(), after, AT_ONCE).await?;
-        let Some(last) = found.last() else { return Ok(removed) };
-        after = Some(last.id);
+        let (found, ids) = fetch(api, filter.clone(), after, AT_ONCE).await?;
+        let Some(last) = ids.last() else { return Ok(removed) };
+        after = Some(*last);
         let is_theirs = |dead: &Dead<'_>| {
             let event = dead.event.as_ref();
             is_of(dead, Some(web_token))
@@ -243,7 +245,7 @@ async fn fetch(
     filter: LetterFilter,
     after: Option<LetterId>,
     most: usize,
-) -> Result<Vec<DeadLetter>, ApiError> {
+) -> Result<(Vec<DeadLetter>, Vec<LetterId>), ApiError> {
     let store = api.store.clone();
     let read = tokio::task::spawn_blocking(move || store.letters(&filter, after, most)).await.map_err(|_| busy())?;
     read.map_err(unreadable)

@@ -25,6 +25,7 @@ const BODY_LIMIT: Duration = Duration::from_secs(10);
 /// Bodies up to this, in bytes, are read without asking for room.
 const SMALL_BODY: usize = 64 << 10;
 
+pub(super) const EVENTS: &str = "/v1/events";
 pub(super) const H5PUSH: &str = "/open_api_v1/im/h5push";
 pub(super) const SURVEY: &str = "/open_api_v1/im/sessions/survey";
 
@@ -55,7 +56,7 @@ enum Route {
 const ROUTES: [(Route, &str, &str); 18] = [
     (Route::Page, "/", "GET, HEAD"),
     (Route::OpenApiDocument, "/openapi.json", "GET, HEAD"),
-    (Route::Events, "/v1/events", "POST"),
+    (Route::Events, EVENTS, "POST"),
     (Route::Event, "/v1/events/{event_id}", "GET, HEAD"),
     (Route::Customers, "/v1/customers", "GET, HEAD, PUT, DELETE"),
     (Route::Endpoints, "/v1/endpoints", "GET, HEAD"),

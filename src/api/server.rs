@@ -172,7 +172,15 @@ pub async fn serve_local(bound: Bound, api: Shared, shutdown: Shutdown) {
     let is_tcp = matches!(bound, Bound::Tcp(_));
     let handler = move |request: Request<Incoming>| {
         let api = Arc::clone(&api);
-        async move { local::answer(&api, request, is_tcp).await }
+        async move {
+            // An event is stored or not, whoever listens to the answer. Everything else is carried to its end in a task of
+            // its own: a caller who goes must not leave half of a change.
+            if request.uri().path() == local::EVENTS {
+                local::answer(&api, request, is_tcp).await
+            } else {
+                carried_out(async move { local::answer(&api, request, is_tcp).await }).await
+            }
+        }
     };
     serve(bound, places, || None, handler, shutdown).await;
 }
@@ -184,9 +192,14 @@ pub async fn serve_open_api(bound: Bound, api: Shared, shutdown: Shutdown) {
     let tls = move || config.config.load().open_api.tls.as_ref().map(|tls| TlsAcceptor::from(Arc::clone(&tls.0)));
     let handler = move |request: Request<Incoming>| {
         let api = Arc::clone(&api);
-        async move { open_api::answer(&api, request).await }
+        carried_out(async move { open_api::answer(&api, request).await })
     };
     serve(bound, places, tls, handler, shutdown).await;
+}
+
+async fn carried_out(answer: impl Future<Output = Answer> + Send + 'static) -> Answer {
+    // A panic ends the process.
+    tokio::spawn(answer).await.unwrap_or_else(|_| super::answer::busy().into_answer())
 }
 
 /// Serves `[metrics]` until told to stop.

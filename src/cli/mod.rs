@@ -17,6 +17,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory as _, Parser, Subcommand};
 
+use crate::app::StartError;
 use crate::config::{Config, ConfigError};
 
 /// The configuration is wrong: starting again cannot cure that (`EX_CONFIG` of sysexits.h).
@@ -120,7 +121,9 @@ pub fn run() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("h5push-relay: {error:#}");
-            match error.is::<ConfigError>() {
+            let is_config =
+                error.is::<ConfigError>() || matches!(error.downcast_ref::<StartError>(), Some(StartError::Exposed(_)));
+            match is_config {
                 true => ExitCode::from(EXIT_CONFIG),
                 false => ExitCode::FAILURE,
             }

@@ -256,6 +256,7 @@ impl Config {
             ("outbox.min_free_disk", self.min_free_disk != running.min_free_disk),
             ("outbox.dedupe_window", self.dedupe_window != running.dedupe_window),
             ("outbox.dedupe_max", self.dedupe_max != running.dedupe_max),
+            ("gate.forget_after", self.forget_after != running.forget_after),
             ("open_api.listen", self.open_api.listen != running.open_api.listen),
             ("open_api.max_connections", self.open_api.max_connections != running.open_api.max_connections),
             ("dead_letters.keep", self.dead_keep != running.dead_keep),

@@ -46,6 +46,8 @@ struct AccountWritten {
 pub struct OpenApi {
     /// Where it listens; off without one.
     pub listen: Option<SocketAddr>,
+    /// Something in front of it speaks TLS.
+    pub behind_tls_proxy: bool,
     /// Its certificate.
     pub tls: Option<ServerTls>,
     /// Who may call.
@@ -109,6 +111,7 @@ impl OpenApiWritten {
         }
         Ok(OpenApi {
             listen: self.listen,
+            behind_tls_proxy: self.behind_tls_proxy == Some(true),
             tls,
             accounts,
             rate_limit_per_minute: self.rate_limit_per_minute.unwrap_or(600),

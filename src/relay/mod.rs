@@ -249,6 +249,9 @@ impl Relay {
         let mut withdrawn = 0;
         for endpoint in [EndpointName::of(customer.plugin), EndpointName::DEFAULT] {
             let lane = self.store.hashing().lane(endpoint, customer.plugin, &customer.web_token);
+            if let Some(id) = self.schedule.lane_id(lane) {
+                self.lane_errors.remove(&id);
+            }
             let found = self.schedule.withdraw(lane);
             if found.events.is_empty() && !found.had_retry {
                 continue;
@@ -435,6 +438,11 @@ impl Relay {
         let outcome = self.schedule.reported(lane, taken, verdict, moment);
         let (Some(key), Some(endpoint)) = (outcome.lane, endpoint) else { return };
         self.metrics.withdrawn.inc_by(u64::from(outcome.withdrawn_late));
+        if !outcome.delivered_late.is_empty() {
+            // Recorded as withdrawn before: whoever asks for such an event is told that it was pushed.
+            let seqs = self.seqs(&outcome.delivered_late);
+            self.notes.push(Note::Settled { lane: key, ending: Ending::Delivered, retry_is_over: false, seqs });
+        }
         match outcome.breaker {
             Some(Breaker::WentDown) => tracing::warn!(%endpoint, "the endpoint is down: probing it"),
             Some(Breaker::CameUp) => tracing::info!(%endpoint, "the endpoint is up again"),

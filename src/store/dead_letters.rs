@@ -88,6 +88,8 @@ pub struct LetterFilter {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(super) struct DeadMark {
     files: Vec<(u64, u32)>,
+    /// The highest number that a file has had: none is used twice.
+    last: u64,
 }
 
 #[derive(Debug)]
@@ -136,6 +138,7 @@ pub(super) struct DeadLetters {
     dir: PathBuf,
     hashing: HashKey,
     files: VecDeque<DeadFile>,
+    last: u64,
     active: Option<Active>,
     /// Files whose `N.gone` is written and not synced.
     unsynced: BTreeSet<u64>,
@@ -172,6 +175,7 @@ impl DeadLetters {
             dir,
             hashing,
             files: VecDeque::new(),
+            last: mark.last,
             active: None,
             unsynced: BTreeSet::new(),
             keep_ms: keep_s.saturating_mul(1_000),
@@ -182,6 +186,7 @@ impl DeadLetters {
             let marked = mark.files.iter().find(|(file, _)| *file == number).map_or(0, |(_, len)| *len);
             let file = letters.open_file(number, marked, &mut found)?;
             letters.files.push_back(file);
+            letters.last = letters.last.max(number);
         }
         Ok((letters, found))
     }
@@ -189,7 +194,10 @@ impl DeadLetters {
     fn open_file(&self, number: u64, marked: u32, found: &mut DeadFound) -> io::Result<DeadFile> {
         let log = File::options().read(true).write(true).open(segment::path(&self.dir, number))?;
         let mut index = read_if_there(&self.path(number, "idx"))?;
-        index.truncate(index.len() - index.len() % ENTRY);
+        // The index is not synced: after a power cut its end may be zeros. Offsets only ever grow.
+        let offsets = index.chunks(ENTRY).map_while(Entry::read).map(|entry| i64::from(entry.offset));
+        let grows = offsets.scan(-1, |last, offset| (offset > std::mem::replace(last, offset)).then_some(())).count();
+        index.truncate(grows * ENTRY);
         // Entries are believed up to the last one that names a letter.
         let last = index.len().checked_sub(ENTRY).and_then(|at| Entry::read(index.get(at..)?));
         let end = match last.map(|last| segment::read_frame(&log, number, last.offset)).transpose()?.flatten() {
@@ -259,7 +267,7 @@ impl DeadLetters {
     }
 
     pub(super) fn mark(&self) -> DeadMark {
-        DeadMark { files: self.files.iter().map(|file| (file.number, file.len)).collect() }
+        DeadMark { files: self.files.iter().map(|file| (file.number, file.len)).collect(), last: self.last }
     }
 
     /// Writes dead letters and puts them on stable storage.
@@ -301,7 +309,8 @@ impl DeadLetters {
     }
 
     fn begin(&mut self, now_ms: u64) -> io::Result<()> {
-        let number = self.files.back().map_or(1, |last| last.number + 1);
+        self.last += 1;
+        let number = self.last;
         let open = |path: PathBuf| File::options().read(true).write(true).create(true).truncate(true).open(path);
         let log = open(segment::path(&self.dir, number))?;
         let index = open(self.path(number, "idx"))?;
@@ -647,16 +656,22 @@ mod tests {
         assert_eq!(letters.counts().get(&1), Some(&66));
         let mark = letters.mark();
         drop(letters);
-        for has_index in [true, false] {
+        let index = segment::path(&path, 1).with_extension("idx");
+        let whole = std::fs::read(&index).unwrap();
+        assert_eq!(whole.len(), 200 * ENTRY);
+        for has_index in [true, false, true] {
             if !has_index {
-                std::fs::remove_file(path.join("1.idx")).ok();
-                std::fs::remove_file(segment::path(&path, 1).with_extension("idx")).ok();
+                std::fs::remove_file(&index).unwrap();
             }
             let (letters, found) = open(&path, &mark, 0);
             assert!(found.events.is_empty());
             assert_eq!(letters.counts(), BTreeMap::from([(0, 67), (1, 66), (2, 66)]), "with its index: {has_index}");
             assert_eq!(letters.find(&of(1), LetterId::FIRST, 1).unwrap()[0].0, ids[1].0);
             assert_eq!(letters.offset(first).unwrap(), None);
+            assert_eq!(std::fs::read(&index).unwrap(), whole, "with its index: {has_index}");
+            // The next start finds zeros where its end was.
+            let zeros = [&whole[..50 * ENTRY], &[0; 150 * ENTRY]].concat();
+            std::fs::write(&index, zeros).unwrap();
         }
     }
 

@@ -16,7 +16,7 @@ use std::time::Duration;
 use super::checkpoint::{Checkpoint, Live, SegmentMark};
 use super::codec::{self, Ending, Record, StateChange};
 use super::compact;
-use super::dead_letters::LetterId;
+use super::dead_letters::{DeadLetters, LetterId};
 use super::journal::SPARE;
 use super::queue::{BLOCK_EVENTS, ID_ROW, IdEntry, IndexEntry, PositionRow, Queue, QueueError};
 use super::segment::{self, Frame};
@@ -41,7 +41,7 @@ const STATE_LOG_MIN: u64 = 16 << 20;
 /// is cut off again at a start.
 const STATE_BUFFER: usize = 256 << 10;
 /// Changes of customers and names that are gathered before their rows are changed.
-const CHANGES_MAX: usize = 16_384;
+const CHANGES_MAX: usize = 8_192;
 /// Buckets of customers looked through in a second for those to be forgotten: all of them in about a day.
 const SWEEP_BUCKETS: u32 = 3;
 
@@ -271,9 +271,11 @@ impl Applier {
         self.dedupe_max / ID_ROW as u64 + 1
     }
 
-    /// What is yet to be written down of dead letters.
-    pub(super) fn take_gone(&mut self) -> Vec<LetterId> {
-        std::mem::take(&mut self.gone)
+    /// Writes down what the journal says is gone of dead letters.
+    pub(super) fn write_gone(&mut self, dead: &mut DeadLetters) -> io::Result<()> {
+        dead.write_gone(&self.gone)?;
+        self.gone.clear();
+        Ok(())
     }
 
     fn apply_frame(&mut self, queue: &Queue, frame: &Frame) -> Result<(), QueueError> {
@@ -357,7 +359,8 @@ impl Applier {
 
     /// Writes the rows that are being filled, and up to where the journal is applied, last.
     pub(super) fn commit(&mut self, queue: &Queue) -> Result<(), QueueError> {
-        if !self.is_dirty {
+        // What is gone of dead letters is not in rows of sled's: the position never gets ahead of it.
+        if !self.is_dirty || !self.gone.is_empty() {
             return Ok(());
         }
         self.change_rows(queue)?;
@@ -425,6 +428,7 @@ impl<'a> Keeper<'a> {
                 self.last_at = now;
                 if let Err(error) = self.checkpoint() {
                     self.inner.failed("checkpoint", &error);
+                    self.give_up(&error);
                 }
             }
             if is_ending {
@@ -453,26 +457,25 @@ impl<'a> Keeper<'a> {
         match advance(self.inner, applier, &queue, durable) {
             Ok(()) => {
                 lock(&self.inner.admission).applied(applier.position());
-                let gone = applier.take_gone();
-                if let Err(error) = lock(&self.inner.dead).write_gone(&gone) {
+                // Tried again with the next round: until then the position stays where it is.
+                if let Err(error) = applier.write_gone(&mut lock(&self.inner.dead)) {
                     self.inner.failed("bury", &error);
-                    // Its records are applied again from the last position.
-                    self.applier = None;
-                    return;
                 }
             }
-            Err(error) => {
-                self.inner.failed("queue", &error);
-                self.applier = None;
-                *self.inner.queue.write().unwrap_or_else(PoisonError::into_inner) = None;
-                return;
-            }
+            Err(error) => return self.give_up(&error),
         }
         let found = applier.damaged - before;
         if found > 0 {
             tracing::error!(found, "damaged records in the journal");
             self.inner.metrics.damage.with_label_values(&["journal"]).inc_by(found);
         }
+    }
+
+    /// An error of sled's: what was half done is done again after it is opened anew.
+    fn give_up(&mut self, error: &QueueError) {
+        self.inner.failed("queue", error);
+        self.applier = None;
+        *self.inner.queue.write().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     /// After an error of sled's: opens it again, and goes on from its last position.
@@ -534,7 +537,7 @@ impl<'a> Keeper<'a> {
                 self.swept = (self.swept + 1) % state::BUCKETS;
             }
             if let Err(error) = swept {
-                inner.failed("queue", &error);
+                self.give_up(&error);
             }
         }
     }
@@ -568,6 +571,11 @@ impl<'a> Keeper<'a> {
             file.sync_data()?;
         }
         advance(inner, applier, &queue, snapshot.position)?;
+        {
+            let mut dead = lock(&inner.dead);
+            applier.write_gone(&mut dead)?;
+            dead.sync_gone()?;
+        }
         applier.renew_state_log(&queue, &inner.settings.dir)?;
         applier.commit(&queue)?;
         applier.state_log.file.sync_data()?;
@@ -584,11 +592,6 @@ impl<'a> Keeper<'a> {
             }
         }
         segments.sort_unstable_by_key(|mark| mark.number);
-        {
-            let mut dead = lock(&inner.dead);
-            dead.write_gone(&applier.take_gone())?;
-            dead.sync_gone()?;
-        }
         let checkpoint = Checkpoint {
             identity: inner.identity,
             position: snapshot.position,

@@ -5,9 +5,9 @@
 //!
 //! ```text
 //! data_dir/journal/N.log      append-only segments: accepted events and every change
-//! data_dir/queue/             sled: index, customers, names, idempotency keys, retry state
-//! data_dir/state-N.log        customers and names, which the queue would lose with sled
-//! data_dir/dead/N.log         dead letters with their payload
+//! data_dir/queue/             sled: index, customers, names, idempotency keys, retry state, settings, nonces
+//! data_dir/state-N.log        customers, names, settings and nonces, which the queue would lose with sled
+//! data_dir/dead/N.log         dead letters with their payload; N.idx says where each is, N.gone which are gone
 //! data_dir/checkpoint         which events wait, and from where the journal is to be replayed
 //! data_dir/lock, reserve
 //! ```
@@ -354,6 +354,8 @@ struct Inner {
     durable_moved: Condvar,
     queue: RwLock<Option<Arc<Queue>>>,
     dead: Mutex<DeadLetters>,
+    /// Held by the request whose turn it is to wait for the queue's rows.
+    rows_turn: tokio::sync::Mutex<()>,
     notices: mpsc::Sender<Notice>,
     /// Moves whenever a group is durable or has failed.
     fates: watch::Sender<()>,
@@ -626,18 +628,25 @@ impl Store {
         result.inspect_err(|error| self.inner.failed("bury", error))
     }
 
-    /// Some dead letters after `after`, oldest first. Blocks.
+    /// Some dead letters after `after`, oldest first; with the names of all that were found, also of those whose record
+    /// does not read back. Blocks.
     ///
     /// # Errors
     /// They cannot be read.
-    pub fn letters(&self, filter: &LetterFilter, after: Option<LetterId>, most: usize) -> io::Result<Vec<DeadLetter>> {
+    pub fn letters(
+        &self,
+        filter: &LetterFilter,
+        after: Option<LetterId>,
+        most: usize,
+    ) -> io::Result<(Vec<DeadLetter>, Vec<LetterId>)> {
         let first = after.map_or(LetterId::FIRST, LetterId::next);
         let found = lock(&self.inner.dead).find(filter, first, most)?;
+        let ids = found.iter().map(|(id, _)| *id).collect();
         let mut letters = Vec::with_capacity(found.len());
         for (id, offset) in found {
             letters.extend(self.read_letter(id, offset)?);
         }
-        Ok(letters)
+        Ok((letters, ids))
     }
 
     /// One dead letter; `None` when there is none of that name, or no more. Blocks.
@@ -789,11 +798,12 @@ impl Store {
         recover::bytes_below(&self.inner.settings.dir)
     }
 
-    /// Judges by other rules from now on; how long and how many ids are known stays as it was at the start.
+    /// Judges by other rules from now on; how long and how many ids and customers are known stays as it was at the
+    /// start.
     pub fn set_rules(&self, rules: Rules) {
         let mut admission = lock(&self.inner.admission);
-        let Rules { dedupe_window_s, dedupe_max, .. } = admission.rules;
-        admission.rules = Rules { dedupe_window_s, dedupe_max, ..rules };
+        let Rules { dedupe_window_s, dedupe_max, forget_after_s, .. } = admission.rules;
+        admission.rules = Rules { dedupe_window_s, dedupe_max, forget_after_s, ..rules };
     }
 
     /// Refuses everything new from now on.
@@ -860,14 +870,18 @@ impl Store {
 
     /// Waits while the queue's rows are far behind: what they have not taken yet is held in memory.
     async fn wait_for_rows(&self) -> Result<(), Refusal> {
-        let begun = clock::now();
-        while lock(&self.inner.admission).cache.is_crowded() {
-            if begun.elapsed() > ROWS_LIMIT {
-                return Err(Refusal::DiskLow);
-            }
-            tokio::time::sleep(ROWS_AGAIN).await;
+        let is_crowded = || lock(&self.inner.admission).cache.is_crowded();
+        if !is_crowded() {
+            return Ok(());
         }
-        Ok(())
+        let waited = tokio::time::timeout(ROWS_LIMIT, async {
+            // One after another, first come, first served: who only looked now and then might never see room.
+            let _turn = self.inner.rows_turn.lock().await;
+            while is_crowded() {
+                tokio::time::sleep(ROWS_AGAIN).await;
+            }
+        });
+        waited.await.map_err(|_| Refusal::DiskLow)
     }
 
     async fn wait(&self, ticket: Option<Ticket>) -> Result<(), Refusal> {

@@ -174,7 +174,7 @@ impl Store {
         tracing::debug!(elapsed = ?begun.elapsed(), "idempotency keys loaded");
         let mut dead = opening.open_dead(schedule).map_err(io_error(&dir))?;
         // What the rest of the journal said is gone.
-        dead.write_gone(&applier.take_gone()).map_err(io_error(&dir))?;
+        applier.write_gone(&mut dead).map_err(io_error(&dir))?;
         opening.restore_retries(&queue, schedule, &segments);
         let last = opening.found.last();
         let next_number = last
@@ -202,6 +202,7 @@ impl Store {
             durable_moved: Condvar::new(),
             queue: RwLock::new(Some(queue)),
             dead: Mutex::new(dead),
+            rows_turn: tokio::sync::Mutex::default(),
             notices,
             fates: watch::Sender::new(()),
             is_ending: AtomicBool::new(false),

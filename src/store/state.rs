@@ -14,10 +14,10 @@ use crate::domain::keys::HashKey;
 use serde::{Deserialize, Serialize};
 
 /// Clean entries of a generation.
-const CLEAN_MAX: usize = 20_000;
+const CLEAN_MAX: usize = 10_000;
 
 /// Changes beyond which requests wait until the queue has taken some.
-const CHANGED_MAX: usize = 40_000;
+const CHANGED_MAX: usize = 32_000;
 
 /// What is looked up.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -149,6 +149,10 @@ impl StateCache {
     pub(super) fn undo(&mut self, undo: Undo) {
         self.move_version(&undo.key);
         self.changed.remove(&undo.key);
+        // Undone newest first: the change that goes is the last one.
+        if self.order.back().is_some_and(|(_, key)| *key == undo.key) {
+            self.order.pop_back();
+        }
         match undo.before {
             Some(before) if before.ticket > self.applied => drop(self.changed.insert(undo.key, before)),
             Some(before) => self.clean.keep(undo.key, before.value),
@@ -357,4 +361,41 @@ pub(super) fn dump(queue: &Queue, mut write: impl FnMut(StateChange) -> io::Resu
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_undone_is_not_waited_for() {
+        let mut cache = StateCache::new();
+        for round in 0..3 * CHANGED_MAX as u64 {
+            let key = StateKey::Customer(Plugin::NONE, round.to_string());
+            let undo = cache.put(key, StateValue::Customer(None), round + 1);
+            assert!(!cache.is_crowded());
+            cache.undo(undo);
+        }
+        assert_eq!((cache.order.len(), cache.changed.len()), (0, 0));
+    }
+
+    #[test]
+    fn a_row_read_before_a_change_never_hides_it() {
+        let mut cache = StateCache::new();
+        let key = || StateKey::Customer(Plugin::NONE, "a".to_owned());
+        let named = |token: &str| StateValue::Customer(Some(Customer::new(token, Plugin::NONE)));
+        let version = cache.version(&key());
+        cache.put(key(), named("new"), 1);
+        cache.fill(key(), version, named("old"));
+        assert_eq!(cache.get(&key()), Some(&named("new")));
+        cache.applied(1);
+        assert_eq!(cache.get(&key()), Some(&named("new")), "it stays for a while");
+        // It leaves the cache while another reader still has the row of before.
+        for other in 0..3 * CLEAN_MAX as u64 {
+            let version = cache.version(&StateKey::Customer(Plugin::NONE, format!("x{other}")));
+            cache.fill(StateKey::Customer(Plugin::NONE, format!("x{other}")), version, StateValue::Customer(None));
+        }
+        cache.fill(key(), version, named("old"));
+        assert_eq!(cache.get(&key()), None, "what was read before is not believed");
+    }
 }

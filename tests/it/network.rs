@@ -679,3 +679,40 @@ fn a_slow_name_server_is_not_waited_for_by_others() {
     relay.wait_metric("h5push_push_attempts_total", &labels, |count| count >= 1.0);
     std::thread::sleep(Duration::from_millis(10));
 }
+
+#[test]
+fn a_reload_never_opens_a_bound_listener_to_the_network() {
+    let receiver = Receiver::start();
+    let relay = Relay::start(&config(receiver.address, ""));
+    drop(relay);
+    // Bound beyond loopback with a token; the new file names loopback and no token, but the socket stays where it is.
+    let dir = Arc::new(tempfile::tempdir().unwrap());
+    let port = free_address().port();
+    let metrics = free_address();
+    let text = |listen: &str, token: &str| {
+        format!(
+            "data_dir = {:?}\n[local]\nlisten = \"{listen}:{port}\"\n{token}\n[metrics]\nlisten = \"{metrics}\"\n\
+             [outbox]\nmin_free_disk = 0\n[log]\nformat = \"text\"\n",
+            dir.path().join("data")
+        )
+    };
+    let path = dir.path().join("config.toml");
+    std::fs::write(&path, text("0.0.0.0", "token = \"s3cret\"")).unwrap();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_h5push-relay"))
+        .arg("--config")
+        .arg(&path)
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    wait_until("it is ready", || {
+        std::net::TcpStream::connect(metrics).is_ok() && get(metrics, "/readyz").status == 200
+    });
+    std::fs::write(&path, text("127.0.0.1", "")).unwrap();
+    Command::new("kill").args(["-HUP", &child.id().to_string()]).status().unwrap();
+    wait_until("the reload failed", || {
+        get(metrics, "/metrics").text().contains("h5push_config_last_reload_successful 0")
+    });
+    assert_eq!(get(SocketAddr::from(([127, 0, 0, 1], port)), "/v1/status").status, 401);
+    child.kill().unwrap();
+    child.wait().unwrap();
+}

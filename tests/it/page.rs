@@ -8,10 +8,14 @@ use crate::support::*;
 
 #[test]
 fn the_page_shows_an_outage_and_its_recovery_and_replays_a_dead_letter() {
-    let is_there =
-        |tool: &str| Command::new(tool).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok();
-    if !is_there("chromium") || !is_there("node") {
-        println!("SKIPPED: needs chromium and node (Debian: apt-get install chromium nodejs)");
+    let runs = |program: &str, arguments: &[&str]| {
+        let mut command = Command::new(program);
+        command.args(arguments).stdout(Stdio::null()).stderr(Stdio::null());
+        command.status().is_ok_and(|status| status.success())
+    };
+    let has_socket = "process.exit(typeof WebSocket === 'function' ? 0 : 1)";
+    if !runs("chromium", &["--version"]) || !runs("node", &["--experimental-websocket", "-e", has_socket]) {
+        println!("SKIPPED: needs chromium, and node 20.10 or later");
         return;
     }
     let receiver = Receiver::start();

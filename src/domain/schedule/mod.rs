@@ -95,7 +95,7 @@ pub struct Outcome {
     /// Events that are delivered and settled now.
     pub delivered: Vec<Handle>,
     /// Events delivered although they were withdrawn in flight; settled before.
-    pub delivered_late: u32,
+    pub delivered_late: Vec<Handle>,
     /// Events withdrawn in flight that were not delivered; settled before.
     pub withdrawn_late: u32,
     /// What the lane's head waits with now.
@@ -454,15 +454,23 @@ impl Schedule {
         let retry = self.lanes.retry(lane_id).copied();
         if flight.is_withdrawn {
             // Settled and uncounted already, when they were withdrawn.
-            self.unlink(lane_id, flight.offered);
-            outcome.delivered_late = if verdict == Verdict::Delivered { taken } else { 0 };
-            outcome.withdrawn_late = flight.offered - outcome.delivered_late;
+            outcome.delivered_late = self.unlink(lane_id, flight.offered);
+            outcome.delivered_late.truncate(if verdict == Verdict::Delivered { taken as usize } else { 0 });
+            outcome.withdrawn_late = flight.offered - outcome.delivered_late.len() as u32;
             outcome.retry_is_over = retry.is_some();
             self.lanes.set_retry(lane_id, None);
             self.make_ready(lane_id, moment.now);
         } else {
             match verdict {
-                Verdict::Again => self.make_ready(lane_id, moment.now),
+                Verdict::Again => {
+                    // It may have been seen: the same body and `webhook-id` go again.
+                    if taken > 0 && retry.is_none_or(|retry| retry.fixed == 0) {
+                        let first = Retry { mark: flight.mark, ..Retry::default() };
+                        let retry = Retry { fixed: taken, ..retry.unwrap_or(first) };
+                        self.lanes.set_retry(lane_id, Some(retry));
+                    }
+                    self.make_ready(lane_id, moment.now);
+                }
                 Verdict::Delivered => self.delivered(lane_id, taken, &mut outcome, moment.now),
                 Verdict::Gone
                 | Verdict::Rejected

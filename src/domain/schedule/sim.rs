@@ -294,7 +294,7 @@ impl Sim {
             assert_eq!(self.events[event].fate, Fate::Waiting);
             self.events[event].fate = Fate::Delivered;
         }
-        let late = outcome.delivered_late + outcome.withdrawn_late;
+        let late = outcome.delivered_late.len() as u32 + outcome.withdrawn_late;
         if late > 0 {
             assert_eq!(late as usize, start.events.len());
             let count = self.withdrawn_in_flight.len();
