@@ -273,6 +273,28 @@ fn pushes_go_over_tls_to_a_receiver_whose_ca_is_trusted_and_to_no_other() {
 }
 
 #[test]
+fn pipelined_requests_are_answered_one_after_another() {
+    let receiver = Receiver::start();
+    let relay = Relay::start(&config(receiver.address, ""));
+    let request = |id: &str, more: &str| {
+        let body = event("a", id).to_string();
+        format!(
+            "POST /v1/events HTTP/1.1\r\nhost: {}\r\ncontent-type: application/json\r\ncontent-length: {}\r\n{more}\r\n{body}",
+            relay.local,
+            body.len()
+        )
+    };
+    let mut stream = TcpStream::connect(relay.local).unwrap();
+    let both: String = (0..20).map(|number| request(&format!("m{number}"), "")).collect();
+    stream.write_all((both + &request("m20", "connection: close\r\n")).as_bytes()).unwrap();
+    let mut answers = String::new();
+    stream.read_to_string(&mut answers).unwrap();
+    assert_eq!(answers.matches("HTTP/1.1 202").count(), 21, "{answers}");
+    let expected: Vec<String> = (0..21).map(|number| format!("m{number}")).collect();
+    assert_eq!(receiver.wait_delivered(21), expected, "in their order");
+}
+
+#[test]
 fn thousands_of_idle_and_dripping_connections_keep_nobody_out() {
     const IDLE: usize = 10_000;
     let receiver = Receiver::start();

@@ -57,10 +57,9 @@ fn the_page_shows_an_outage_and_its_recovery_and_replays_a_dead_letter() {
         ],
         ["the receiver recovers", "fetch('/healthz').then(() => 0), true"],
         ["it shows the recovery without a reload", "document.getElementById('verdict').textContent === 'All is well'"],
-        [
-            "it replays the dead letter",
-            "(document.querySelector('#dead button') || { click() {} }).click(), document.querySelectorAll('#dead tr').length === 0"
-        ],
+        ["a replay asks first", "document.querySelector('#dead button').click(), document.getElementById('ask').open"],
+        ["it is said", "document.getElementById('yes').click(), true"],
+        ["it replays the dead letter", "document.querySelectorAll('#dead tr').length === 0"],
     ]);
     let shot = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("status-page.png");
     let child = Command::new("node")
