@@ -201,8 +201,6 @@ impl Relay {
             .arg(dir.path().join("config.toml"))
             // As systemd/h5push-relay.service has it.
             .env("MALLOC_ARENA_MAX", "2")
-            .env("MALLOC_MMAP_THRESHOLD_", "65536")
-            .env("MALLOC_TRIM_THRESHOLD_", "131072")
             .stdin(Stdio::null())
             .stderr(std::fs::File::options().create(true).append(true).open(dir.path().join("log")).unwrap())
             .spawn()

@@ -14,7 +14,7 @@ use crate::domain::keys::HashKey;
 use serde::{Deserialize, Serialize};
 
 /// Clean entries of a generation.
-const CLEAN_MAX: usize = 10_000;
+const CLEAN_MAX: usize = 20_000;
 
 /// Changes beyond which requests wait until the queue has taken some.
 const CHANGED_MAX: usize = 32_000;
