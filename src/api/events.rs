@@ -54,7 +54,8 @@ pub(super) async fn post(api: &Api, form: Form, body: &[u8]) -> Result<Answer, A
     if texts.len() > EVENTS_MAX {
         return Err(error(Code::InvalidRequest, format!("events: must be at most {EVENTS_MAX}")));
     }
-    let mut items: Vec<Item<'_>> = texts.into_iter().map(|text| read(api, text)).collect();
+    let bytes_max = api.config.load().max_event_bytes;
+    let mut items: Vec<Item<'_>> = texts.into_iter().map(|text| read(api, text, bytes_max)).collect();
     if is_one && let Some(Err(error)) = items.first_mut() {
         api.metrics.count_events(EventOutcome::Rejected(error.code.as_str()), 1);
         return Err(error.clone());
@@ -167,8 +168,7 @@ fn split(form: Form, body: &[u8]) -> Result<(Vec<&[u8]>, bool), ApiError> {
     }
 }
 
-fn read<'a>(api: &Api, text: &'a [u8]) -> Item<'a> {
-    let bytes_max = api.config.load().max_event_bytes;
+fn read<'a>(api: &Api, text: &'a [u8], bytes_max: usize) -> Item<'a> {
     if text.len() > bytes_max {
         let problem = format!("event: must be at most {bytes_max} bytes");
         return Err(error(Code::TooLarge, problem));

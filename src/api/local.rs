@@ -131,7 +131,8 @@ async fn handle(
     request: Request<Incoming>,
     is_tcp: bool,
 ) -> Result<Answer, ApiError> {
-    let config = api.config.load();
+    // An Arc, not a guard: few guards are cheap, and this one would be held while the request waits for the disk.
+    let config = api.config.load_full();
     if is_tcp {
         check_browser(request.headers(), request.uri(), &config.local.allowed_hosts)?;
     }

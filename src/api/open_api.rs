@@ -96,7 +96,8 @@ async fn handle(api: &Api, call: Call, request: Request<Incoming>) -> Result<Res
     let form = local::body_form(&request)?;
     let query = request.uri().query().unwrap_or("").to_owned();
     let body = local::read_body(api, request, BODY_MAX).await?;
-    let config = api.config.load();
+    // Not a guard: it would be held while others wait.
+    let config = api.config.load_full();
     let answered = async {
         let signed = udesk::parameters(&query, udesk::BodyForm::None, &[])?;
         let account = authorize(api, &config.open_api, &signed).await?;

@@ -31,7 +31,7 @@ pub(super) async fn post(api: &Api, parameters: &Parameters) -> Result<Answer, F
 
 async fn store(api: &Api, parameters: &Parameters) -> Result<(), Failure> {
     let survey = check(parameters)?;
-    let endpoints = api.endpoints.load();
+    let endpoints = api.endpoints.load_full();
     let endpoint = endpoints.get(&EndpointName::SURVEY).and_then(Option::as_ref);
     let endpoint = endpoint.ok_or_else(|| wrong("参数错误:未配置满意度调查的接收地址"))?;
     let body = serde_json::to_string(&survey).map_err(|_| wrong("参数错误:remark"))?;

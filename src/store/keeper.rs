@@ -428,7 +428,10 @@ impl<'a> Keeper<'a> {
                 self.last_at = now;
                 if let Err(error) = self.checkpoint() {
                     self.inner.failed("checkpoint", &error);
-                    self.give_up(&error);
+                    // A file that cannot be written just now says nothing of sled.
+                    if !matches!(error, QueueError::Sync(_)) {
+                        self.give_up(&error);
+                    }
                 }
             }
             if is_ending {
@@ -570,7 +573,10 @@ impl<'a> Keeper<'a> {
         if let Some(file) = end.1 {
             file.sync_data()?;
         }
-        advance(inner, applier, &queue, snapshot.position)?;
+        if let Err(error) = advance(inner, applier, &queue, snapshot.position) {
+            self.give_up(&error);
+            return Ok(());
+        }
         {
             let mut dead = lock(&inner.dead);
             applier.write_gone(&mut dead)?;

@@ -600,9 +600,13 @@ fn receivers_with_bad_tls_fail_as_tls_and_the_log_says_why() {
             || attempts("ok") + attempts("error_status") + attempts("refused") + attempts("io") + attempts("timeout");
         wait_until(name, || spoke() + attempts("tls") > 0.0);
         match *name {
-            "good" | "mutual-known" => assert_eq!(attempts("tls"), 0.0, "{name}: {}", relay.log()),
+            // The session stands, and then `s_server -www` leaves a POST unanswered.
+            "good" | "mutual-known" => {
+                assert_eq!(attempts("tls") + attempts("io"), 0.0, "{name}: {}", relay.log());
+                assert!(attempts("timeout") + attempts("ok") > 0.0, "{name}");
+            }
             // With TLS 1.3 a missing client certificate is told after the handshake.
-            "mutual" => assert_eq!(attempts("ok"), 0.0, "{name}"),
+            "mutual" => assert!(attempts("tls") + attempts("io") > 0.0 && attempts("timeout") == 0.0, "{name}"),
             _ => {
                 assert_eq!(spoke(), 0.0, "{name}");
                 let log = relay.log();
