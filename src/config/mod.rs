@@ -4,6 +4,7 @@
 
 mod endpoint;
 mod open_api;
+mod problem;
 mod values;
 
 use std::collections::BTreeMap;
@@ -236,7 +237,7 @@ impl Config {
     /// It is wrong.
     pub fn parse(text: &str, path: &Path) -> Result<Config, ConfigError> {
         let wrong = |problem: String| ConfigError::Wrong { path: path.to_owned(), problem };
-        let file: FileWritten = toml::from_str(text).map_err(|error| wrong(error.to_string()))?;
+        let file: FileWritten = toml::from_str(text).map_err(|error| wrong(problem::describe(text, &error)))?;
         file.check().map_err(wrong)
     }
 

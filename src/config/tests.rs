@@ -153,3 +153,41 @@ fn no_text_makes_the_reader_panic() {
         }
     });
 }
+
+/// A panic's text and a log line can only hold what `Debug` and `Display` give.
+#[test]
+fn no_secret_is_in_what_a_panic_or_an_error_could_show() {
+    let secret = "whsec_cGxhbnRlZC1zaWduaW5nLXNlY3JldC0xMjM0NTY3ODkw";
+    let lines = [
+        "token = \"planted-local\"",
+        "url = \"https://a.example/push?planted-query\"",
+        &format!("secret = \"{secret}\""),
+        "headers = { x-key = \"planted-header\" }",
+        "listen = \"127.0.0.1:9\"\naccounts = [{ email = \"a@b\", token = \"planted-account\" }]",
+        "survey_url = \"http://127.0.0.1/?planted-query\"",
+    ];
+    let [token, url, secret_line, headers, open_api, survey] = lines;
+    let text = format!(
+        "[local]\n{token}\n[endpoints.12]\n{url}\n{secret_line}\n{headers}\n[open_api]\n{open_api}\n[im_server]\n{survey}\n"
+    );
+    let config = parse(&text).unwrap();
+    let mut shown = vec![format!("{config:?} {config:#?}")];
+    // The file cut at every byte, and with a value of another type at every line, is wrong in many ways.
+    shown.extend((0..text.len()).filter_map(|end| parse(text.get(..end)?).err()));
+    for line in lines {
+        let (key, value) = line.rsplit_once(" = ").unwrap();
+        for other in [
+            format!("[{value}]"),
+            format!("{{ planted = {value} }}"),
+            "\"planted\"".to_owned(),
+            format!("{value} {value}"),
+        ] {
+            shown.extend(parse(&text.replace(line, &format!("{key} = {other}"))).err());
+        }
+    }
+    assert!(shown.len() > 100);
+    for text in shown {
+        let at = ["planted-", "planted\"", "whsec_c", "cGxhbnRlZ"].iter().find_map(|planted| text.find(planted));
+        assert_eq!(at, None, "{text}");
+    }
+}

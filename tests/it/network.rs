@@ -658,6 +658,14 @@ fn planted_secrets_are_nowhere_to_be_seen() {
         .output()
         .unwrap();
     seen += &String::from_utf8([checked.stdout, checked.stderr].concat()).unwrap();
+    // A file that is wrong is complained of without what stands in it.
+    let path = relay.dir.path().join("config.toml");
+    let right = std::fs::read_to_string(&path).unwrap();
+    std::fs::write(&path, right.replace(&format!("secret = \"{secret}\""), &format!("secret = \"{secret}"))).unwrap();
+    relay.signal("HUP");
+    wait_until("the refusal", || relay.log().contains("invalid basic string"));
+    std::fs::write(&path, right).unwrap();
+    seen += &relay.log();
     for planted in ["planted", "whsec_", "cGxhbnRlZ"] {
         let at = seen.find(planted);
         assert_eq!(at, None, "{}", at.map_or("", |at| &seen[at.saturating_sub(200)..(at + 100).min(seen.len())]));
