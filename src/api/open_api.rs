@@ -112,30 +112,44 @@ async fn handle(api: &Api, call: Call, request: Request<Incoming>) -> Result<Res
 
 /// Who calls, by a signature that is right, fresh, and used once.
 async fn authorize<'a>(api: &Api, open_api: &'a OpenApi, signed: &Parameters) -> Result<&'a Account, Failure> {
+    let now_s = clock::wall_ms() / 1_000;
+    let Signed { account, nonce, signed_at } = verify(open_api, signed, now_s)?;
+    // Only calls that are rightly signed count, so that nobody else can use an account's calls up.
+    if !api.callers.may_call(&account.email, open_api.rate_limit_per_minute) {
+        return Err(udesk::too_many());
+    }
+    let key = api.store.hashing().nonce(&account.email, nonce);
+    let until_s = signed_at + open_api.timestamp_tolerance.as_secs();
+    let is_fresh = api.store.use_nonce(key, until_s, now_s).await.map_err(udesk::unavailable)?;
+    if is_fresh { Ok(account) } else { Err(udesk::unsigned()) }
+}
+
+/// What a right signature says.
+struct Signed<'a, 'p> {
+    account: &'a Account,
+    nonce: &'p str,
+    /// Unix seconds.
+    signed_at: u64,
+}
+
+/// Checks account, signature and timestamp, in the same time whichever of them is wrong.
+fn verify<'a, 'p>(open_api: &'a OpenApi, signed: &'p Parameters, now_s: u64) -> Result<Signed<'a, 'p>, Failure> {
     let value = |name: &str| signed.get(name).map(String::as_str).ok_or_else(|| udesk::missing(name));
     let (email, timestamp, nonce) = (value("email")?, value("timestamp")?, value("nonce")?);
     let (version, sign) = (value("sign_version")?, value("sign")?);
     let known = open_api.accounts.iter().find(|account| account.email == email);
-    // Nobody's token, of the usual length: an unknown account takes as long as a known one.
-    let token = known.map_or("0123456789abcdef0123456789abcdef", |account| account.token.expose());
+    // For an unknown account somebody else's token, so that it is as long as one.
+    let token = known.or(open_api.accounts.first()).map_or("", |account| account.token.expose());
     let is_right = bool::from(signature(email, token, timestamp, nonce).as_bytes().ct_eq(sign.as_bytes()));
     let is_number = timestamp.bytes().all(|byte| byte.is_ascii_digit());
     let signed_at: Option<u64> = timestamp.parse().ok().filter(|_| is_number);
-    let now_s = clock::wall_ms() / 1_000;
-    let tolerance_s = open_api.timestamp_tolerance.as_secs();
-    let (Some(account), Some(signed_at), true, "v2") = (known, signed_at, is_right, version) else {
-        return Err(udesk::unsigned());
-    };
-    if signed_at.abs_diff(now_s) > tolerance_s {
-        return Err(udesk::unsigned());
+    let is_fresh = signed_at.is_some_and(|at| at.abs_diff(now_s) <= open_api.timestamp_tolerance.as_secs());
+    match (known, signed_at) {
+        (Some(account), Some(signed_at)) if is_right && is_fresh && version == "v2" => {
+            Ok(Signed { account, nonce, signed_at })
+        }
+        _ => Err(udesk::unsigned()),
     }
-    // Only calls that are rightly signed count, so that nobody else can use an account's calls up.
-    if !api.callers.may_call(email, open_api.rate_limit_per_minute) {
-        return Err(udesk::too_many());
-    }
-    let key = api.store.hashing().nonce(email, nonce);
-    let is_fresh = api.store.use_nonce(key, signed_at + tolerance_s, now_s).await.map_err(udesk::unavailable)?;
-    if is_fresh { Ok(account) } else { Err(udesk::unsigned()) }
 }
 
 /// Lower-case hex SHA-256 of `email&token&timestamp&nonce&v2`.
@@ -163,5 +177,51 @@ mod tests {
         assert_eq!((0..5).filter(|_| callers.may_call("b", 3)).count(), 3);
         assert_eq!((0..5).filter(|_| callers.may_call("a", 0)).count(), 5);
         assert!(callers.may_call("a", 4), "a new limit begins anew");
+    }
+    #[test]
+    fn refusals_take_the_same_time_whatever_is_wrong() {
+        const NOW: u64 = 1_795_000_000;
+        let account = |number: u32| {
+            format!("{{ email = \"app{number}@example.com\", token = \"0123456789abcdef0123456789abcdef\" }}")
+        };
+        let accounts: Vec<String> = (0..3).map(account).collect();
+        let text = format!("[open_api]\nlisten = \"127.0.0.1:1\"\naccounts = [{}]\n", accounts.join(", "));
+        let config = crate::config::Config::parse(&text, std::path::Path::new("test")).unwrap();
+        let call = |email: &str, token: &str, at: u64, sign: Option<&str>| -> Parameters {
+            let right = signature(email, token, &at.to_string(), "n");
+            [("email", email), ("nonce", "n"), ("sign_version", "v2"), ("sign", sign.unwrap_or(&right))]
+                .into_iter()
+                .chain([("timestamp", at.to_string().as_str())])
+                .map(|(name, value)| (name.to_owned(), value.to_owned()))
+                .collect()
+        };
+        let token = "0123456789abcdef0123456789abcdef";
+        let almost = signature("app1@example.com", token, &NOW.to_string(), "n").replace(['0', '1', '2'], "3");
+        let wrong = [
+            ("an unknown account", call("nobo@example.com", token, NOW, None)),
+            ("a wrong token", call("app1@example.com", "f123456789abcdef0123456789abcdef", NOW, None)),
+            ("a wrong sign", call("app1@example.com", token, NOW, Some(&"0".repeat(64)))),
+            ("a sign that is nearly right", call("app1@example.com", token, NOW, Some(&almost))),
+            ("an old timestamp", call("app1@example.com", token, NOW - 3_600, None)),
+        ];
+        assert!(verify(&config.open_api, &call("app1@example.com", token, NOW, None), NOW).is_ok());
+        // Taken in turns, so that what else the machine does meets all; of each the faster half, for the same reason.
+        let mut times = wrong.each_ref().map(|_| Vec::new());
+        for _ in 0..4_000 {
+            for ((_, call), times) in wrong.iter().zip(&mut times) {
+                let begun = crate::clock::now();
+                let is_refused = verify(&config.open_api, std::hint::black_box(call), NOW).is_err();
+                times.push(begun.elapsed());
+                assert!(is_refused);
+            }
+        }
+        let typical = times.map(|mut times| {
+            times.sort();
+            times[times.len() / 4].as_nanos() as f64
+        });
+        for ((what, _), time) in wrong.iter().zip(typical) {
+            let ratio = time / typical[1];
+            assert!((0.9..1.1).contains(&ratio), "{what}: {time} ns, a wrong token: {} ns", typical[1]);
+        }
     }
 }
