@@ -11,6 +11,7 @@ mod metrics;
 mod open_api;
 mod operate;
 mod page;
+mod places;
 mod query;
 mod server;
 mod survey;

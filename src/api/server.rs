@@ -1,12 +1,11 @@
 //! Listeners and connections: limits on how many, how slow and how large, and how they end.
 
-use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use hyper::Request;
@@ -15,12 +14,13 @@ use hyper::rt::{Read, Write};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::{TcpListener, TcpSocket, UnixListener};
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 
 use super::answer::Answer;
+use super::places::{Place, Places};
 use super::{Shared, local, metrics, open_api};
 use crate::config::{Listen, Local};
 
@@ -36,8 +36,6 @@ const HEAD_MAX: usize = 64 << 10;
 const BACKLOG: u32 = 1_024;
 /// Connections for monitoring.
 const METRICS_CONNECTIONS_MAX: usize = 64;
-/// How long a connection that is to make room may take, before another one is asked.
-const EVICT_AGAIN: Duration = Duration::from_millis(50);
 /// After an error of accept(2), which is mostly a want of descriptors.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
@@ -288,10 +286,10 @@ where
     H: Fn(Request<Incoming>) -> F,
     F: Future<Output = Answer>,
 {
+    let place = &place;
     let service = service_fn(|request| {
         place.begin();
         let answer = handler(request);
-        let place = &place;
         async move {
             let answer = answer.await;
             place.end();
@@ -305,110 +303,20 @@ where
         .max_buf_size(HEAD_MAX)
         .serve_connection(io, service);
     let mut connection = std::pin::pin!(connection);
-    loop {
+    tokio::select! {
+        // A peer that breaks off or speaks no HTTP is its own affair.
+        ended = connection.as_mut() => return drop(ended),
+        () = place.wanted() => {}
+        () = ending(&mut shutdown) => {}
+    }
+    if place.is_wanted() {
+        // A request may be on its way: it is answered, as the last one.
         tokio::select! {
-            // A peer that breaks off or speaks no HTTP is its own affair.
             ended = connection.as_mut() => return drop(ended),
-            // A request may have come just now: it is answered, and another connection makes room.
-            () = place.wanted() => if place.is_idle() { return },
-            () = ending(&mut shutdown) => {
-                connection.as_mut().graceful_shutdown();
-                return drop(connection.await);
-            }
+            is_busy = place.last_request() => if !is_busy { return },
+            () = ending(&mut shutdown) => {}
         }
     }
-}
-
-/// As many connections as there may be. When a new one comes and there is no place, the one that has been without a
-/// request for longest makes room: so idle and dripping clients, however many, keep nobody out.
-struct Places {
-    free: Arc<Semaphore>,
-    idle: Mutex<Idle>,
-}
-
-#[derive(Default)]
-struct Idle {
-    next: u64,
-    /// Connections without a request, the longest first.
-    since: BTreeMap<u64, Arc<Notify>>,
-}
-
-impl Places {
-    fn new(max: usize) -> Arc<Places> {
-        Arc::new(Places { free: Arc::new(Semaphore::new(max)), idle: Mutex::default() })
-    }
-
-    async fn take(self: &Arc<Places>) -> Place {
-        let permit = loop {
-            if let Ok(permit) = Arc::clone(&self.free).try_acquire_owned() {
-                break permit;
-            }
-            if let Some((_, wanted)) = self.idle().since.pop_first() {
-                wanted.notify_one();
-            }
-            // None may be idle, or the one that was has just got a request.
-            if let Ok(Ok(permit)) = timeout(EVICT_AGAIN, Arc::clone(&self.free).acquire_owned()).await {
-                break permit;
-            }
-        };
-        let place = Place {
-            places: Arc::clone(self),
-            wanted: Arc::new(Notify::new()),
-            idle_at: Mutex::new(None),
-            _permit: permit,
-        };
-        place.end();
-        place
-    }
-
-    fn idle(&self) -> MutexGuard<'_, Idle> {
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// A connection's place.
-struct Place {
-    places: Arc<Places>,
-    wanted: Arc<Notify>,
-    /// Where it stands among the idle ones.
-    idle_at: Mutex<Option<u64>>,
-    _permit: OwnedSemaphorePermit,
-}
-
-impl Place {
-    /// A request is being served.
-    fn begin(&self) {
-        if let Some(at) = self.at().take() {
-            self.places.idle().since.remove(&at);
-        }
-    }
-
-    /// It is answered.
-    fn end(&self) {
-        let mut idle = self.places.idle();
-        let at = idle.next;
-        idle.next += 1;
-        idle.since.insert(at, Arc::clone(&self.wanted));
-        drop(idle);
-        *self.at() = Some(at);
-    }
-
-    /// Another connection wants the place.
-    async fn wanted(&self) {
-        self.wanted.notified().await;
-    }
-
-    fn is_idle(&self) -> bool {
-        self.at().is_some()
-    }
-
-    fn at(&self) -> MutexGuard<'_, Option<u64>> {
-        self.idle_at.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        self.begin();
-    }
+    connection.as_mut().graceful_shutdown();
+    drop(connection.await);
 }

@@ -2,6 +2,8 @@
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use super::support::*;
@@ -302,7 +304,7 @@ fn thousands_of_idle_and_dripping_connections_keep_nobody_out() {
     let worst = |count: usize| {
         (0..count)
             .map(|number| {
-                let begun = std::time::Instant::now();
+                let begun = Instant::now();
                 relay.queue(&event("a", &format!("{}-{number}", fastrand::u64(..))));
                 begun.elapsed()
             })
@@ -330,4 +332,66 @@ fn thousands_of_idle_and_dripping_connections_keep_nobody_out() {
         count / 100
     );
     assert!(during < Duration::from_secs(1) + 20 * quiet, "{during:?} beside {quiet:?}");
+}
+
+#[test]
+fn a_flood_of_requests_beyond_max_connections_leaves_others_their_turn() {
+    let receiver = Receiver::start();
+    let relay = Relay::start(&config(receiver.address, "[local]\nmax_connections = 50\n"));
+    let latencies = |count: usize| {
+        let mut all: Vec<Duration> = (0..count)
+            .map(|number| {
+                let begun = Instant::now();
+                relay.queue(&event("a", &format!("{}-{number}", fastrand::u64(..))));
+                begun.elapsed()
+            })
+            .collect();
+        all.sort();
+        (all[count / 2], all[count - 1])
+    };
+    let quiet = latencies(100);
+    // Each asks again as soon as it is answered, and comes again when it is sent away.
+    let answered = Arc::new(AtomicU64::new(0));
+    let is_over = Arc::new(AtomicBool::new(false));
+    let flood = |clients: usize| {
+        let start = |_| {
+            let (to, answered, is_over) = (relay.local, Arc::clone(&answered), Arc::clone(&is_over));
+            std::thread::spawn(move || {
+                let mut answer = [0; 4_096];
+                while !is_over.load(Ordering::Relaxed) {
+                    let Ok(mut stream) = TcpStream::connect(to) else { continue };
+                    stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+                    while !is_over.load(Ordering::Relaxed)
+                        && stream
+                            .write_all(b"GET /v1/customers?web_token=a HTTP/1.1\r\nhost: localhost\r\n\r\n")
+                            .is_ok()
+                        && stream.read(&mut answer).is_ok_and(|read| read > 0)
+                    {
+                        answered.fetch_add(1, Ordering::Relaxed);
+                    }
+                }
+            })
+        };
+        (0..clients).map(start).collect::<Vec<_>>()
+    };
+    // Fewer than there are places, and eight times as many.
+    for clients in [40, 400] {
+        is_over.store(false, Ordering::Relaxed);
+        let threads = flood(clients);
+        std::thread::sleep(Duration::from_millis(500));
+        let before = answered.load(Ordering::Relaxed);
+        let begun = Instant::now();
+        let (median, slowest) = latencies(100);
+        let rate = (answered.load(Ordering::Relaxed) - before) as f64 / begun.elapsed().as_secs_f64();
+        is_over.store(true, Ordering::Relaxed);
+        for thread in threads {
+            thread.join().unwrap();
+        }
+        println!(
+            "{clients} clients with {rate:.0} requests a second on 50 places: others {median:?}, slowest {slowest:?}; \
+             alone {quiet:?}"
+        );
+        assert!(rate > 100.0, "no flood: {rate}");
+        assert!(slowest < Duration::from_secs(1) + 20 * quiet.1, "{slowest:?} beside {quiet:?}");
+    }
 }
