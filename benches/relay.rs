@@ -30,6 +30,7 @@ const CONNECTIONS: usize = 64;
 const CUSTOMERS: u64 = 20_000;
 const EVENTS: u64 = 100_000;
 const BATCH: u64 = 200;
+const ROUNDS: u64 = 3;
 const PACED_PER_SECOND: u64 = 1_000;
 const PACED_SECONDS: u64 = 10;
 
@@ -110,8 +111,11 @@ async fn run() {
 
     let mut ceilings = Vec::new();
     let mut relayed = Vec::new();
-    for round in 0..3 {
+    let mut costs = Vec::new();
+    for round in 0..ROUNDS {
+        let before = cpu_ticks(std::process::id());
         let took = post_all(sink_address, "/", (EVENTS, CUSTOMERS), 1, round * EVENTS).await;
+        let direct_ticks = cpu_ticks(std::process::id()) - before;
         ceilings.push(EVENTS as f64 / took.as_secs_f64());
 
         let relay = Relay::start(sink_address);
@@ -121,16 +125,25 @@ async fn run() {
         wait_for(&sink, EVENTS).await;
         let delivered = begun.elapsed();
         relayed.push(EVENTS as f64 / delivered.as_secs_f64());
+        let relay_ticks = cpu_ticks(relay.child.id());
+        costs.push(relay_ticks as f64 / direct_ticks as f64);
         println!(
-            "round {round}: direct {:>8.0}/s   accepted {:>8.0}/s   accepted and delivered {:>8.0}/s",
+            "round {round}: direct {:>8.0}/s   accepted {:>8.0}/s   accepted and delivered {:>8.0}/s   \
+             CPU of an event: direct {:>3.0} µs, relay {:>3.0} µs",
             ceilings.last().unwrap(),
             EVENTS as f64 / accepted.as_secs_f64(),
-            relayed.last().unwrap()
+            relayed.last().unwrap(),
+            micros(direct_ticks),
+            micros(relay_ticks),
         );
     }
     let (ceiling, relayed) = (median(ceilings), median(relayed));
     println!("one event a request: direct ceiling        {ceiling:>12.0} /s");
     println!("one event a request, durable and delivered {relayed:>12.0} /s   ratio {:.2}", relayed / ceiling);
+    println!(
+        "CPU of an event in the relay               {:>12.1} times the direct post's, client and server",
+        median(costs)
+    );
 
     let relay = Relay::start(sink_address);
     sink.messages.store(0, Ordering::SeqCst);
@@ -394,6 +407,11 @@ fn fdatasync_p50() -> Duration {
         .collect();
     times.sort();
     times[times.len() / 2]
+}
+
+/// CPU of one event, when all of a round took so many ticks of 10 ms.
+fn micros(ticks: u64) -> f64 {
+    ticks as f64 * 1e4 / EVENTS as f64
 }
 
 fn cpu_ticks(pid: u32) -> u64 {
