@@ -249,10 +249,11 @@ impl Writer {
         }
     }
 
-    /// Writes records that need no sync of their own. What cannot be written is kept for the next write.
-    pub(super) fn note(&mut self, bodies: Vec<Vec<u8>>) -> io::Result<()> {
+    /// Writes records that need no sync of their own, and says whether they are written: what is not is kept for the next
+    /// write. Without a segment they wait for one.
+    pub(super) fn note(&mut self, bodies: Vec<Vec<u8>>) -> io::Result<bool> {
         self.owed.extend(bodies);
-        let Some(active) = self.active.as_mut() else { return Ok(()) };
+        let Some(active) = self.active.as_mut() else { return Ok(self.owed.is_empty()) };
         self.buffer.clear();
         for body in &self.owed {
             let offset = active.len + self.buffer.len() as u32;
@@ -261,7 +262,7 @@ impl Writer {
         write_or_cut(&active.file, &self.buffer, active.len)?;
         active.len += self.buffer.len() as u32;
         self.owed.clear();
-        Ok(())
+        Ok(true)
     }
 }
 

@@ -27,6 +27,8 @@ mod keeper;
 #[cfg(test)]
 mod model;
 mod nonces;
+#[cfg(test)]
+mod power;
 mod queue;
 mod recover;
 mod segment;
@@ -51,7 +53,7 @@ use self::codec::{DeferredRecord, Record, Settled};
 use self::dead_letters::DeadLetters;
 pub use self::dead_letters::{LetterFilter, LetterId};
 pub use self::journal::Appended;
-use self::journal::{SegmentFile, Writer};
+use self::journal::{Begun, SegmentFile, Writer};
 pub use self::queue::is_guarded;
 use self::queue::{Queue, QueueError};
 pub use self::recover::OpenError;
@@ -937,13 +939,22 @@ impl Inner {
 
     fn note(&self, bodies: Vec<Vec<u8>>) {
         let mut writer = lock(&self.writer);
-        if let Err(error) = writer.note(bodies) {
-            // Room for just this is held ready.
-            recover::release_reserve(&self.settings.dir);
-            if let Err(error) = writer.note(Vec::new()) {
+        match writer.note(bodies) {
+            Ok(true) => {}
+            Ok(false) => {
+                drop(writer);
+                // An empty group: the journal's thread begins a segment for it. Nobody waits for that.
+                drop(lock(&self.admission).stage_sync());
+                self.work.notify_all();
+            }
+            Err(error) => {
+                // Room for just this is held ready.
+                recover::release_reserve(&self.settings.dir);
+                if let Err(error) = writer.note(Vec::new()) {
+                    self.failed("append", &error);
+                }
                 self.failed("append", &error);
             }
-            self.failed("append", &error);
         }
     }
 
@@ -1010,7 +1021,19 @@ impl Inner {
         Err(io::ErrorKind::Other.into())
     }
 
-    fn roll(&self, writer: &mut Writer) -> io::Result<journal::Begun> {
+    /// Begins a segment before anything is accepted, for what is noted of the events that wait. Where the disk does not
+    /// take it, it is begun with the first group.
+    fn begin_segment(&self) {
+        match self.roll(&mut lock(&self.writer)) {
+            Ok(Begun { slot, segment }) => {
+                // The first notice of all: there is room.
+                drop(self.notices.try_send(Notice::SegmentBegun { slot, segment }));
+            }
+            Err(error) => self.failed("append", &error),
+        }
+    }
+
+    fn roll(&self, writer: &mut Writer) -> io::Result<Begun> {
         let mut segments = self.segments.write().unwrap_or_else(PoisonError::into_inner);
         let begun = writer.roll(&mut segments)?;
         if let Some((number, end)) = writer.previous() {

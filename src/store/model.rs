@@ -11,9 +11,10 @@ use crate::domain::retry::{Backoff, Delays};
 use crate::domain::schedule::{self, Moment, Schedule};
 use crate::metrics::Metrics;
 
-const LANES: usize = 8;
+/// Customers.
+pub(super) const LANES: usize = 8;
 
-fn settings(dir: &std::path::Path) -> Settings {
+pub(super) fn settings(dir: &std::path::Path) -> Settings {
     Settings {
         dir: dir.to_owned(),
         segment_bytes: 24 << 10,
@@ -31,7 +32,7 @@ fn settings(dir: &std::path::Path) -> Settings {
     }
 }
 
-fn empty_schedule() -> Schedule {
+pub(super) fn empty_schedule() -> Schedule {
     let backoff =
         Backoff { initial: Duration::from_secs(1), multiplier: 2.0, max: Duration::from_secs(9), randomization: 0.0 };
     let mut schedule = Schedule::new(schedule::Settings {
@@ -48,11 +49,34 @@ fn empty_schedule() -> Schedule {
     schedule
 }
 
+/// What a schedule says waits, read back from disk.
+pub(super) fn waiting(schedule: &Schedule, store: &Store) -> BTreeMap<usize, Vec<String>> {
+    let mut all = BTreeMap::new();
+    for lane in 0..LANES {
+        let events = schedule.events_of(Play::lane(store, lane));
+        let ids: Vec<String> = events
+            .iter()
+            .map(|event| {
+                let reader = store.reader(event.slot()).unwrap();
+                let stored = reader.read(schedule.backlog.offset(*event)).unwrap().unwrap();
+                assert_eq!(stored.seq(), schedule.backlog.seq(*event));
+                stored.event().unwrap().event_id.to_owned()
+            })
+            .collect();
+        if !ids.is_empty() {
+            all.insert(lane, ids);
+        }
+    }
+    all
+}
+
 /// A store, a relay played by hand, and what should be waiting.
-struct Play {
+pub(super) struct Play {
     rng: fastrand::Rng,
     runtime: tokio::runtime::Runtime,
-    dir: tempfile::TempDir,
+    dir: PathBuf,
+    /// Told of every step that somebody outside sees.
+    tell: Box<dyn FnMut(Told<'_>)>,
     open: Option<(Store, Threads, mpsc::Receiver<Notice>)>,
     schedule: Schedule,
     heard: Position,
@@ -63,12 +87,24 @@ struct Play {
     removals: u32,
 }
 
+/// What somebody outside sees of an event.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Told<'a> {
+    /// It is acknowledged.
+    Accepted(&'a str),
+    /// It has been delivered or withdrawn; the store is not told yet.
+    Ended(&'a str),
+    /// The store has been told.
+    Noted(&'a str),
+}
+
 impl Play {
-    fn new(seed: u64) -> Play {
+    pub(super) fn new(seed: u64, dir: PathBuf, tell: impl FnMut(Told<'_>) + 'static) -> Play {
         let mut play = Play {
             rng: fastrand::Rng::with_seed(seed),
             runtime: tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap(),
-            dir: tempfile::tempdir().unwrap(),
+            dir,
+            tell: Box::new(tell),
             open: None,
             schedule: empty_schedule(),
             heard: Position::default(),
@@ -87,12 +123,12 @@ impl Play {
         let (tell, notices) = mpsc::channel(1_024);
         let metrics = Metrics::new(10).unwrap();
         let (store, threads) =
-            Store::open(settings(self.dir.path()), metrics.store.clone(), &mut self.schedule, |_, _| (), tell).unwrap();
+            Store::open(settings(&self.dir), metrics.store.clone(), &mut self.schedule, |_, _| (), tell).unwrap();
         for what in ["journal", "torn_tail", "queue", "checkpoint", "dead_letters", "state_log"] {
             assert_eq!(metrics.store.damage.with_label_values(&[what]).get(), 0, "{what}");
         }
         self.heard = store.durable();
-        assert_eq!(self.waiting(&store), self.model, "what waits after the start");
+        assert_eq!(waiting(&self.schedule, &store), self.model, "what waits after the start");
         assert_eq!(store.waiting(), self.schedule.events());
         self.open = Some((store, threads, notices));
     }
@@ -101,29 +137,8 @@ impl Play {
         self.open.as_ref().unwrap().0.clone()
     }
 
-    fn lane(store: &Store, lane: usize) -> LaneKey {
+    pub(super) fn lane(store: &Store, lane: usize) -> LaneKey {
         store.hashing().lane(EndpointName::DEFAULT, Plugin::NONE, &format!("c{lane}"))
-    }
-
-    /// What the schedule says waits, read back from disk.
-    fn waiting(&self, store: &Store) -> BTreeMap<usize, Vec<String>> {
-        let mut all = BTreeMap::new();
-        for lane in 0..LANES {
-            let events = self.schedule.events_of(Self::lane(store, lane));
-            let ids: Vec<String> = events
-                .iter()
-                .map(|event| {
-                    let reader = store.reader(event.slot()).unwrap();
-                    let stored = reader.read(self.schedule.backlog.offset(*event)).unwrap().unwrap();
-                    assert_eq!(stored.seq(), self.schedule.backlog.seq(*event));
-                    stored.event().unwrap().event_id.to_owned()
-                })
-                .collect();
-            if !ids.is_empty() {
-                all.insert(lane, ids);
-            }
-        }
-        all
     }
 
     fn hear(&mut self) {
@@ -201,6 +216,9 @@ impl Play {
             self.hear();
         };
         assert!(posted.iter().all(|posted| *posted == Posted::Queued));
+        for (id, _) in &items {
+            (self.tell)(Told::Accepted(id));
+        }
         self.model.entry(lane).or_default().extend(items.iter().map(|(id, _)| id.clone()));
     }
 
@@ -217,13 +235,13 @@ impl Play {
         let outcome = self.schedule.reported(start.lane, taken as u32, verdict, moment);
         if verdict == Verdict::Delivered {
             let retry_is_over = outcome.retry_is_over;
-            store.note(vec![Note::Settled { lane: key, ending: Ending::Delivered, retry_is_over, seqs }]);
-            store.uncount(EndpointName::DEFAULT, taken as u64);
             let waiting = self.model.get_mut(&lane).unwrap();
-            waiting.drain(..taken);
+            let ended: Vec<String> = waiting.drain(..taken).collect();
             if waiting.is_empty() {
                 self.model.remove(&lane);
             }
+            self.note_ended(&ended, Note::Settled { lane: key, ending: Ending::Delivered, retry_is_over, seqs });
+            store.uncount(EndpointName::DEFAULT, taken as u64);
         } else if let Some(deferred) = outcome.deferred {
             let head = self.schedule.backlog.seq(deferred.head);
             store.note(vec![Note::Deferred { lane: key, head, retry: deferred.retry, due_ms: 1_000_000 }]);
@@ -238,8 +256,18 @@ impl Play {
         let seqs: Vec<u64> = withdrawn.events.iter().map(|event| self.schedule.backlog.seq(*event)).collect();
         store.uncount(EndpointName::DEFAULT, seqs.len() as u64);
         let retry_is_over = withdrawn.had_retry;
-        store.note(vec![Note::Settled { lane: key, ending: Ending::Withdrawn, retry_is_over, seqs }]);
-        self.model.remove(&lane);
+        let ended = self.model.remove(&lane).unwrap_or_default();
+        self.note_ended(&ended, Note::Settled { lane: key, ending: Ending::Withdrawn, retry_is_over, seqs });
+    }
+
+    fn note_ended(&mut self, ids: &[String], note: Note) {
+        for id in ids {
+            (self.tell)(Told::Ended(id));
+        }
+        self.store().note(vec![note]);
+        for id in ids {
+            (self.tell)(Told::Noted(id));
+        }
     }
 
     fn restart(&mut self) {
@@ -262,27 +290,34 @@ impl Play {
     }
 }
 
+impl Play {
+    /// Does one of the things that happen, at random. Says whether it was a start.
+    pub(super) fn step(&mut self) -> bool {
+        let what = self.rng.u8(0..40);
+        match what {
+            0 => self.restart(),
+            1 => self.withdraw(),
+            2..=16 => self.post(),
+            17 => std::thread::sleep(Duration::from_millis(25)),
+            _ => self.deliver(),
+        }
+        self.hear();
+        what == 0
+    }
+}
+
 #[test]
 fn the_store_agrees_with_a_model_over_crashes_stops_checkpoints_and_compactions() {
     let (mut compactions, mut removals, mut restarts) = (0, 0, 0);
     for seed in 0..12 {
         println!("seed {seed}");
-        let mut play = Play::new(seed);
+        let dir = tempfile::tempdir().unwrap();
+        let mut play = Play::new(seed, dir.path().to_owned(), |_| ());
         for _ in 0..400 {
-            match play.rng.u8(0..40) {
-                0 => {
-                    play.restart();
-                    restarts += 1;
-                }
-                1 => play.withdraw(),
-                2..=16 => play.post(),
-                17 => std::thread::sleep(Duration::from_millis(25)),
-                _ => play.deliver(),
-            }
-            play.hear();
+            restarts += u32::from(play.step());
         }
         let store = play.store();
-        assert_eq!(play.waiting(&store), play.model);
+        assert_eq!(waiting(&play.schedule, &store), play.model);
         compactions += play.compactions;
         removals += play.removals;
     }

@@ -212,6 +212,9 @@ impl Store {
             metrics,
             settings,
         });
+        if schedule.events() > 0 {
+            inner.begin_segment();
+        }
         let threads = start_threads(&inner, applier).map_err(io_error(&dir))?;
         Ok((Store { inner }, threads))
     }

@@ -215,3 +215,25 @@ fn a_second_relay_on_the_same_data_is_kept_out() {
     relay.queue(&event("a", "m"));
     receiver.wait_delivered(1);
 }
+
+#[test]
+fn what_was_delivered_after_a_start_without_new_events_is_not_delivered_again() {
+    let receiver = Receiver::start();
+    receiver.answer_status(500);
+    let text = config(receiver.address, "[backoff]\ninitial = \"20ms\"\nmax = \"50ms\"\n");
+    let relay = Relay::start(&text);
+    for number in 0..20 {
+        relay.queue(&event(&format!("c{number}"), &format!("m{number}")));
+    }
+    let dir = relay.kill();
+    receiver.answer_status(200);
+    let relay = Relay::start_in(dir, &text);
+    receiver.wait_delivered(20);
+    relay.wait_metric("h5push_messages_delivered_total", &[], |count| count == 20.0);
+    // That it was delivered is written down right after it is counted.
+    std::thread::sleep(Duration::from_millis(100));
+    let relay = Relay::start_in(relay.kill(), &text);
+    relay.queue(&event("last", "last"));
+    receiver.wait("the last", |pushes| pushes.iter().any(|push| push.message_ids() == ["last"]));
+    assert_eq!(receiver.delivered_ids().len(), 21);
+}
