@@ -13,6 +13,7 @@ mod accept;
 mod command_line;
 mod crash;
 mod customers;
+mod disk;
 mod hostile;
 mod limits;
 mod monitoring;

@@ -38,22 +38,31 @@ impl Relay {
     }
 
     pub fn start_in(dir: Arc<tempfile::TempDir>, config: &str) -> Relay {
-        let mut relay = Relay::spawn(dir, config);
+        Relay::spawn(dir, config).ready()
+    }
+
+    /// Waits until it is ready.
+    pub fn ready(mut self) -> Relay {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            if let Some(status) = relay.child.try_wait().unwrap() {
-                panic!("the relay ended with {status}: {}", relay.log());
+            if let Some(status) = self.child.try_wait().unwrap() {
+                panic!("the relay ended with {status}: {}", self.log());
             }
-            if TcpStream::connect(relay.metrics).is_ok() && get(relay.metrics, "/readyz").status == 200 {
-                return relay;
+            if TcpStream::connect(self.metrics).is_ok() && get(self.metrics, "/readyz").status == 200 {
+                return self;
             }
-            assert!(Instant::now() < deadline, "not ready: {}", relay.log());
+            assert!(Instant::now() < deadline, "not ready: {}", self.log());
             std::thread::sleep(Duration::from_millis(10));
         }
     }
 
     /// Starts the process without waiting for it.
     pub fn spawn(dir: Arc<tempfile::TempDir>, config: &str) -> Relay {
+        Relay::spawn_with(dir, config, &[])
+    }
+
+    /// Starts the process in an environment.
+    pub fn spawn_with(dir: Arc<tempfile::TempDir>, config: &str, environment: &[(&str, PathBuf)]) -> Relay {
         let (local, metrics) = (free_address(), free_address());
         let path = dir.path().join("config.toml");
         let local_table = if config.contains("[local]") {
@@ -78,6 +87,7 @@ impl Relay {
         let child = Command::new(env!("CARGO_BIN_EXE_h5push-relay"))
             .arg("--config")
             .arg(&path)
+            .envs(environment.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log)

@@ -1,0 +1,144 @@
+//! A disk that fails or is slow: what was acknowledged is kept, the rest is refused, and it comes back by itself.
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use super::support::*;
+
+/// A relay on a disk that fails on demand.
+struct Faulty {
+    dir: Arc<tempfile::TempDir>,
+    how: PathBuf,
+    environment: Vec<(&'static str, PathBuf)>,
+}
+
+impl Faulty {
+    /// `None`, said aloud, where it cannot be compiled.
+    fn new() -> Option<Faulty> {
+        let dir = Arc::new(tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap());
+        let library = dir.path().join("faulty.so");
+        let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/faulty_disk.c");
+        let compiled =
+            Command::new("cc").args(["-O1", "-shared", "-fPIC", "-o"]).arg(&library).args([source, "-ldl"]).status();
+        if !compiled.is_ok_and(|status| status.success()) {
+            eprintln!("SKIPPED: a faulty disk: no C compiler");
+            return None;
+        }
+        let how = dir.path().join("how");
+        let environment =
+            vec![("LD_PRELOAD", library), ("FAULTY_DIR", dir.path().join("data")), ("FAULTY_HOW", how.clone())];
+        Some(Faulty { dir, how, environment })
+    }
+
+    fn start(&self, config: &str) -> Relay {
+        Relay::spawn_with(Arc::clone(&self.dir), config, &self.environment).ready()
+    }
+
+    fn fails(&self, how: &str) {
+        std::fs::write(&self.how, how).unwrap();
+    }
+
+    fn works(&self) {
+        std::fs::remove_file(&self.how).unwrap();
+    }
+}
+
+/// Delivers what waits, after a kill, and says what came in which order.
+fn delivered_after_a_kill(relay: Relay, receiver: &Receiver, text: &str, count: usize) -> Vec<String> {
+    receiver.answer_status(200);
+    let _relay = Relay::start_in(relay.kill(), text);
+    receiver.wait_delivered(count);
+    // Nothing comes after it.
+    std::thread::sleep(Duration::from_millis(300));
+    receiver.delivered_ids()
+}
+
+const QUICK: &str = "[backoff]\ninitial = \"50ms\"\nmax = \"100ms\"\n";
+
+#[test]
+fn a_sync_that_fails_is_made_good_or_the_event_is_refused() {
+    let Some(disk) = Faulty::new() else { return };
+    let receiver = Receiver::start();
+    receiver.answer_status(500);
+    let text = config(receiver.address, QUICK);
+    let relay = disk.start(&text);
+    relay.queue(&event("a", "m0"));
+    // Once: the group is written again, elsewhere, before anybody is told.
+    disk.fails("sync 1");
+    relay.queue(&event("a", "m1"));
+    relay.queue(&event("a", "m2"));
+    // For long: nobody is told that anything is stored, whatever it is.
+    disk.fails("sync 1000000");
+    let refused = relay.post(&event("a", "refused"));
+    assert_eq!((refused.status, refused.code().as_str()), (503, "disk_low"));
+    let customer = json!({ "web_token": "a", "im_web_plugin_id": 12, "toggle": "off" });
+    assert_eq!(relay.put_customer(&customer).status, 503);
+    assert_eq!(get(relay.metrics, "/healthz").status, 200);
+    assert!(relay.metric("h5push_store_errors_total", &[("op", "sync")]) >= 2.0);
+    assert_eq!(receiver.delivered_ids(), Vec::<String>::new());
+    // It comes back by itself, and what was refused may be posted again.
+    disk.works();
+    wait_until("the disk is used again", || relay.post(&event("a", "m3")).status == 202);
+    relay.queue(&event("a", "refused"));
+    let expected = ["m0", "m1", "m2", "m3", "refused"];
+    assert_eq!(delivered_after_a_kill(relay, &receiver, &text, 5), expected);
+}
+
+#[test]
+fn a_disk_that_cannot_be_written_refuses_and_delivers_what_it_holds() {
+    let Some(disk) = Faulty::new() else { return };
+    let receiver = Receiver::start();
+    receiver.answer_status(500);
+    let text = config(receiver.address, QUICK);
+    let relay = disk.start(&text);
+    for number in 0..3 {
+        relay.queue(&event("a", &format!("m{number}")));
+    }
+    disk.fails("write 1");
+    let refused = relay.post(&event("a", "refused"));
+    assert_eq!((refused.status, refused.code().as_str()), (503, "disk_low"));
+    // What waits is delivered all the same; that it was is written down when the disk takes it.
+    receiver.answer_status(200);
+    assert_eq!(receiver.wait_delivered(3), ["m0", "m1", "m2"]);
+    disk.works();
+    wait_until("the disk is used again", || relay.post(&event("a", "m3")).status == 202);
+    receiver.wait_delivered(4);
+    relay.wait_metric("h5push_messages_delivered_total", &[], |count| count == 4.0);
+    // What has been delivered is written down right after it is counted.
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(delivered_after_a_kill(relay, &receiver, &text, 4), ["m0", "m1", "m2", "m3"], "none twice");
+}
+
+#[test]
+fn a_disk_that_takes_seconds_a_sync_delays_the_202_and_nothing_else() {
+    let Some(disk) = Faulty::new() else { return };
+    let receiver = Receiver::start();
+    receiver.answer_status(500);
+    let relay = disk.start(&config(receiver.address, QUICK));
+    relay.queue(&event("a", "m0"));
+    disk.fails("slow 3000");
+    let posted = std::thread::scope(|scope| {
+        let posted = scope.spawn(|| {
+            let begun = Instant::now();
+            relay.queue(&event("b", "m1"));
+            begun.elapsed()
+        });
+        std::thread::sleep(Duration::from_millis(200));
+        let begun = Instant::now();
+        receiver.answer_status(200);
+        receiver.wait_delivered(1);
+        assert_eq!(get(relay.metrics, "/metrics").status, 200);
+        assert_eq!(get(relay.local, "/healthz").status, 200);
+        let others = begun.elapsed();
+        assert!(others < Duration::from_secs(2), "{others:?}");
+        assert_eq!(receiver.delivered_ids(), ["m0"], "m1 is not stored yet");
+        posted.join().unwrap()
+    });
+    assert!(posted > Duration::from_secs(2), "{posted:?}");
+    disk.works();
+    assert_eq!(receiver.wait_delivered(2), ["m0", "m1"]);
+}
