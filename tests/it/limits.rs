@@ -1,6 +1,8 @@
 //! What is full, refused, and given back.
 
-use serde_json::json;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
 
 use super::support::*;
 
@@ -158,4 +160,60 @@ fn disk_is_given_back_when_what_waited_is_delivered() {
     // What remains is the segment that is being written and the one ahead.
     wait_until("the journal to shrink", || bytes_below(&journal) <= 3 * (64 << 20));
     assert_eq!(relay.metric("h5push_outbox_bytes", &[]), 0.0);
+}
+
+#[test]
+fn a_thousand_endpoints_that_hang_take_nothing_from_another() {
+    const HUNG: usize = 1_000;
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let most = getrlimit(Resource::Nofile).maximum;
+    setrlimit(Resource::Nofile, Rlimit { current: most, maximum: most }).unwrap();
+    if most.is_some_and(|most| most < 20_000) {
+        return eprintln!("SKIPPED: a thousand endpoints that hang: only {most:?} file descriptors");
+    }
+    let receiver = Receiver::start();
+    let hung = Receiver::start();
+    hung.answer(|_| Answer::After(Duration::from_secs(3_600), 200));
+    let endpoints: String = (0..HUNG)
+        .map(|number| format!("[endpoints.{}]\nurl = \"http://{}/\"\n", 1_000 + number, hung.address))
+        .collect();
+    let relay = Relay::start(&config(receiver.address, &endpoints));
+    // How long 500 events of 100 customers take, from the first post to the last push.
+    let relayed = |round: usize| {
+        let begun = Instant::now();
+        let events: Vec<Value> =
+            (0..500).map(|number| event(&format!("c{}", number % 100), &format!("{round}-{number}"))).collect();
+        let body: String = events.iter().map(|event| format!("{event}\n")).collect();
+        assert_eq!(relay.post_text("application/x-ndjson", &body).status, 202);
+        receiver.wait_delivered(500 * (round + 1));
+        begun.elapsed()
+    };
+    let median = |mut times: Vec<Duration>| {
+        times.sort();
+        times[times.len() / 2]
+    };
+    let before = median((0..5).map(&relayed).collect());
+    // Three customers wait for each endpoint that hangs.
+    for first in (0..HUNG).step_by(100) {
+        let events = (first..first + 100).flat_map(|number| {
+            (0..3).map(move |customer| {
+                let mut event = event(&format!("h{customer}"), &format!("h{number}-{customer}"));
+                event["im_web_plugin_id"] = json!(1_000 + number);
+                format!("{event}\n")
+            })
+        });
+        assert_eq!(relay.post_text("application/x-ndjson", &events.collect::<String>()).status, 202);
+    }
+    // Two attempts of each, as many as an endpoint begins with.
+    let in_flight = || {
+        let text = get(relay.metrics, "/metrics").text();
+        let samples = text.lines().filter(|line| line.starts_with("h5push_in_flight{"));
+        samples.filter_map(|line| line.rsplit(' ').next()?.parse::<usize>().ok()).sum::<usize>()
+    };
+    wait_until("all to hang", || in_flight() >= 2 * HUNG);
+    let during = median((5..14).map(&relayed).collect());
+    let in_flight = in_flight();
+    println!("500 events beside {in_flight} attempts that hang: {during:?}; alone {before:?}");
+    assert!(in_flight >= HUNG, "{in_flight}");
+    assert!(during < 3 * before + Duration::from_millis(200), "{during:?} beside {before:?}");
 }

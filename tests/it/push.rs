@@ -85,6 +85,8 @@ fn retry_after_holds_the_whole_endpoint() {
     });
     relay.queue(&event("a", "a0"));
     let throttled = receiver.wait_pushes(1)[0].at;
+    // The answer is on its way: what is sent before it comes is right.
+    relay.wait_metric("h5push_push_attempts_total", &[("result", "error_status")], |count| count == 1.0);
     relay.queue(&event("b", "b0"));
     receiver.wait_delivered(2);
     for push in &receiver.pushes()[1..] {
@@ -94,6 +96,7 @@ fn retry_after_holds_the_whole_endpoint() {
     receiver.answer(|_| Answer::With(503, "retry-after", "99999999999"));
     relay.queue(&event("c", "c0"));
     receiver.wait_pushes(4);
+    relay.wait_metric("h5push_push_attempts_total", &[("result", "error_status")], |count| count == 2.0);
     receiver.answer_status(200);
     relay.queue(&event("d", "d0"));
     assert_eq!(get(relay.local, "/healthz").status, 200);
