@@ -319,6 +319,7 @@ fn new_api(
         begun: clock::now(),
         callers: Callers::default(),
         bodies: Arc::new(Semaphore::new(api::BODIES_KIB)),
+        posting: Semaphore::new(api::POSTING_KIB),
         is_up: AtomicBool::new(false),
     }
 }

@@ -10,13 +10,13 @@ use hyper::body::{Body as _, Incoming};
 use hyper::header::{self, HeaderMap};
 use hyper::{Method, Request, Uri};
 use subtle::ConstantTimeEq as _;
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::{OwnedSemaphorePermit, SemaphorePermit};
 
 use super::answer::{Answer, ApiError, Code, error};
 use super::events::Form;
 use super::query::{Query, decoded};
 use super::udesk::{self, BodyForm};
-use super::{Api, customers, dead_letters, endpoints, events, h5push, metrics, operate, page, survey};
+use super::{Api, POSTING_KIB, customers, dead_letters, endpoints, events, h5push, metrics, operate, page, survey};
 use crate::config::Secret;
 
 /// How long a body may take, whole.
@@ -178,6 +178,7 @@ async fn handle(
                 _ => return Err(unsupported("application/json or application/x-ndjson")),
             };
             let body = read_body(api, request, bytes_max).await?;
+            let _turn = turn(api, body.bytes.len()).await?;
             events::post(api, form, &body.bytes).await
         }
         Route::Customers if method == Method::PUT => {
@@ -324,6 +325,16 @@ pub(super) async fn read_body(api: &Api, request: Request<Incoming>, bytes_max: 
     };
     let too_slow = || error(Code::RequestTimeout, format!("body: took longer than {} s", BODY_LIMIT.as_secs()));
     tokio::time::timeout(BODY_LIMIT, read).await.unwrap_or_else(|_| Err(too_slow()))
+}
+
+/// Waits until a large request may be worked at. Together they take so much memory at once, and a few of them keep the
+/// disk busy.
+async fn turn(api: &Api, bytes: usize) -> Result<Option<SemaphorePermit<'_>>, ApiError> {
+    if bytes <= SMALL_BODY {
+        return Ok(None);
+    }
+    let share = u32::try_from((bytes / 1_024).min(POSTING_KIB)).unwrap_or(u32::MAX);
+    api.posting.acquire_many(share).await.map(Some).map_err(|_| error(Code::Stopping, "the relay is stopping"))
 }
 
 #[cfg(test)]

@@ -42,6 +42,9 @@ use crate::store::Store;
 
 /// Memory for the bodies of requests, KiB; a single body is at most 32 MiB.
 pub const BODIES_KIB: usize = 48 << 10;
+/// Bodies of large requests that are worked at at once, KiB: parsed and encoded, each takes two to three times as much
+/// again.
+pub const POSTING_KIB: usize = 4 << 10;
 /// How long the relay may take to answer a question.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 
@@ -83,6 +86,8 @@ pub struct Api {
     pub callers: Callers,
     /// Memory for bodies that are being read or judged, in KiB: what does not fit waits its turn.
     pub bodies: Arc<Semaphore>,
+    /// Of those, what is being worked at.
+    pub posting: Semaphore,
     /// Whether the listeners are up and nobody has asked for a stop.
     pub is_up: AtomicBool,
 }

@@ -464,7 +464,7 @@ impl Admission {
         let forget_after_s = self.rules.forget_after_s;
         match self.cache.get(&StateKey::Customer(plugin, web_token.to_owned())) {
             Some(StateValue::Customer(Some(customer))) => {
-                Some(customer.clone()).filter(|customer| !customer.is_forgotten(now_s, forget_after_s))
+                Some(customer).filter(|customer| !customer.is_forgotten(now_s, forget_after_s)).map(|it| (**it).clone())
             }
             Some(StateValue::Customer(None) | StateValue::Name(_)) | None => None,
         }
@@ -625,7 +625,7 @@ impl Admission {
             let (key, value) = match &change {
                 StateChange::PutCustomer(customer) => (
                     StateKey::Customer(customer.plugin, customer.web_token.clone()),
-                    StateValue::Customer(Some(customer.clone())),
+                    StateValue::Customer(Some(Box::new(customer.clone()))),
                 ),
                 StateChange::DropCustomer { plugin, web_token } => {
                     (StateKey::Customer(*plugin, web_token.clone()), StateValue::Customer(None))

@@ -156,11 +156,21 @@ pub struct Dead<'a> {
     pub problem: Option<&'a str>,
 }
 
+/// Most bytes that an event's record takes beside its texts.
+const ACCEPTED_REST: usize = 96;
+
 impl<'a> Record<'a> {
     /// The body's bytes.
     pub(super) fn encode(&self) -> Vec<u8> {
+        // Mostly enough, and not much more: many wait for the disk at once.
+        let room = match self {
+            Record::Accepted(event) => {
+                ACCEPTED_REST + event.event_id.len() + event.web_token.len() + event.messages.len()
+            }
+            _ => 64,
+        };
         // Writing to a vector fails for no value of these types.
-        postcard::to_stdvec(self).unwrap_or_default()
+        postcard::to_extend(self, Vec::with_capacity(room)).unwrap_or_default()
     }
 
     pub(super) fn decode(body: &'a [u8]) -> Option<Record<'a>> {

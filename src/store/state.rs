@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 const CLEAN_MAX: usize = 20_000;
 
 /// Changes beyond which requests wait until the queue has taken some.
-const CHANGED_MAX: usize = 32_000;
+const CHANGED_MAX: usize = 16_000;
 
 /// What is looked up.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -29,7 +29,8 @@ pub(super) enum StateKey {
 /// What was found: nothing is an answer too.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum StateValue {
-    Customer(Option<Customer>),
+    // In a box: tables of these have many empty slots.
+    Customer(Option<Box<Customer>>),
     Name(Option<String>),
 }
 
@@ -242,7 +243,7 @@ pub(super) fn read(queue: &Queue, hashing: &HashKey, key: &StateKey) -> Result<S
                 let customers: Vec<Stored<'_>> =
                     postcard::from_bytes(page).map_err(|_| QueueError::Damaged("bucket"))?;
                 let is_it = |customer: &Stored<'_>| customer.plugin == *plugin && customer.web_token == web_token;
-                Ok(customers.into_iter().find(is_it).map(Stored::into_customer))
+                Ok(customers.into_iter().find(is_it).map(Stored::into_customer).map(Box::new))
             })?;
             StateValue::Customer(found)
         }
@@ -383,7 +384,7 @@ mod tests {
     fn a_row_read_before_a_change_never_hides_it() {
         let mut cache = StateCache::new();
         let key = || StateKey::Customer(Plugin::NONE, "a".to_owned());
-        let named = |token: &str| StateValue::Customer(Some(Customer::new(token, Plugin::NONE)));
+        let named = |token: &str| StateValue::Customer(Some(Box::new(Customer::new(token, Plugin::NONE))));
         let version = cache.version(&key());
         cache.put(key(), named("new"), 1);
         cache.fill(key(), version, named("old"));
