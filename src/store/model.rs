@@ -70,6 +70,17 @@ pub(super) fn waiting(schedule: &Schedule, store: &Store) -> BTreeMap<usize, Vec
     all
 }
 
+/// The customers' other names, found by them as well.
+pub(super) fn names(store: &Store) -> BTreeMap<usize, String> {
+    let name = |lane: usize| {
+        let customer = format!("c{lane}");
+        let name = store.customer(Plugin::NONE, &customer, 1_000).unwrap()?.customer_token?;
+        assert_eq!(store.customer_named(NameKind::Customer, Plugin::NONE, &name).unwrap(), Some(customer));
+        Some((lane, name))
+    };
+    (0..LANES).filter_map(name).collect()
+}
+
 /// A store, a relay played by hand, and what should be waiting.
 pub(super) struct Play {
     rng: fastrand::Rng,
@@ -83,6 +94,8 @@ pub(super) struct Play {
     now: u64,
     model: BTreeMap<usize, Vec<String>>,
     posted: u64,
+    /// The customers' other names.
+    names: BTreeMap<usize, String>,
     compactions: u32,
     removals: u32,
 }
@@ -96,6 +109,10 @@ pub(super) enum Told<'a> {
     Ended(&'a str),
     /// The store has been told.
     Noted(&'a str),
+    /// A customer is to have this other name: `e` and a number, as all that is told.
+    Naming(usize, &'a str),
+    /// It is acknowledged.
+    Named(usize, &'a str),
 }
 
 impl Play {
@@ -111,6 +128,7 @@ impl Play {
             now: 1,
             model: BTreeMap::new(),
             posted: 0,
+            names: BTreeMap::new(),
             compactions: 0,
             removals: 0,
         };
@@ -130,6 +148,7 @@ impl Play {
         self.heard = store.durable();
         assert_eq!(waiting(&self.schedule, &store), self.model, "what waits after the start");
         assert_eq!(store.waiting(), self.schedule.events());
+        assert_eq!(names(&store), self.names, "the customers' other names after the start");
         self.open = Some((store, threads, notices));
     }
 
@@ -207,19 +226,37 @@ impl Play {
                 Post { event, key, endpoint: Some((EndpointName::DEFAULT, u64::MAX)), lane, record }
             })
             .collect();
-        let mut future = Box::pin(store.post(posts, 1_000_000));
-        let posted = loop {
-            let step = async { tokio::time::timeout(Duration::from_millis(1), &mut future).await };
-            if let Ok(posted) = self.runtime.block_on(step) {
-                break posted.unwrap();
-            }
-            self.hear();
-        };
+        let posted = self.wait_for(store.post(posts, 1_000_000)).unwrap();
         assert!(posted.iter().all(|posted| *posted == Posted::Queued));
         for (id, _) in &items {
             (self.tell)(Told::Accepted(id));
         }
         self.model.entry(lane).or_default().extend(items.iter().map(|(id, _)| id.clone()));
+    }
+
+    /// Plays the relay while a call waits.
+    fn wait_for<T>(&mut self, call: impl Future<Output = T>) -> T {
+        let mut call = Box::pin(call);
+        loop {
+            let step = async { tokio::time::timeout(Duration::from_millis(1), &mut call).await };
+            if let Ok(answer) = self.runtime.block_on(step) {
+                return answer;
+            }
+            self.hear();
+        }
+    }
+
+    fn name(&mut self) {
+        let store = self.store();
+        let lane = self.rng.usize(0..LANES);
+        let name = format!("e{}", self.posted);
+        self.posted += 1;
+        (self.tell)(Told::Naming(lane, &name));
+        let hearing = Hearing { customer_token: Some(name.clone()), ..Hearing::default() };
+        let customer = format!("c{lane}");
+        self.wait_for(store.change_customer(Plugin::NONE, &customer, &hearing, false, 1_000)).unwrap();
+        (self.tell)(Told::Named(lane, &name));
+        self.names.insert(lane, name);
     }
 
     fn deliver(&mut self) {
@@ -297,6 +334,7 @@ impl Play {
         match what {
             0 => self.restart(),
             1 => self.withdraw(),
+            18..=20 => self.name(),
             2..=16 => self.post(),
             17 => std::thread::sleep(Duration::from_millis(25)),
             _ => self.deliver(),

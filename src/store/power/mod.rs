@@ -14,7 +14,7 @@ use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::model::{Play, Told, empty_schedule, settings, waiting};
+use super::model::{LANES, Play, Told, empty_schedule, names, settings, waiting};
 use super::*;
 use crate::metrics::Metrics;
 
@@ -25,20 +25,40 @@ const SELF: &str = "store::power::nothing_acknowledged_is_lost_by_a_power_cut_af
 /// A step on the disk, or a word to the outside between two.
 #[derive(Debug)]
 enum Step {
-    Create { file: u32, path: PathBuf },
-    Write { file: u32, offset: u64, bytes: Vec<u8> },
-    Truncate { file: u32, len: u64 },
+    Create {
+        file: u32,
+        path: PathBuf,
+    },
+    Write {
+        file: u32,
+        offset: u64,
+        bytes: Vec<u8>,
+    },
+    Truncate {
+        file: u32,
+        len: u64,
+    },
     SyncFile(u32),
     SyncDir(PathBuf),
-    Rename { from: PathBuf, to: PathBuf },
+    Rename {
+        from: PathBuf,
+        to: PathBuf,
+    },
     Unlink(PathBuf),
     MakeDir(PathBuf),
-    Told { what: u8, event: String },
+    /// Of an event, or of a customer's name: which is the file then.
+    Told {
+        what: u8,
+        customer: u32,
+        event: String,
+    },
 }
 
 const ACCEPTED: u8 = b'A';
 const ENDED: u8 = b'E';
 const NOTED: u8 = b'N';
+const NAMING: u8 = b'n';
+const NAMED: u8 = b'M';
 
 fn record(kind: u8, file: u32, offset: u64, bytes: &[u8]) -> Vec<u8> {
     let mut record = vec![kind];
@@ -69,7 +89,9 @@ fn steps(mut log: &[u8]) -> Vec<Step> {
             }
             b'u' => Step::Unlink(path(bytes)),
             b'k' => Step::MakeDir(path(bytes)),
-            what @ (ACCEPTED | ENDED | NOTED) => Step::Told { what, event: String::from_utf8(bytes.to_vec()).unwrap() },
+            what @ (ACCEPTED | ENDED | NOTED | NAMING | NAMED) => {
+                Step::Told { what, customer: file, event: String::from_utf8(bytes.to_vec()).unwrap() }
+            }
             other => panic!("a step of kind {other}"),
         });
     }
@@ -174,6 +196,7 @@ fn check(steps: &[Step], unsynced: Unsynced, dir: &Path) -> Result<(), String> {
     let waiting: Vec<Vec<u64>> =
         waiting(&schedule, &store).values().map(|ids| ids.iter().map(|id| number(id)).collect()).collect();
     drop(notices);
+    let names = names(&store);
     store.crash(threads);
     let mut problems = Vec::new();
     // What was synced is whole. (A tail that was not is no damage to what was promised.)
@@ -185,7 +208,7 @@ fn check(steps: &[Step], unsynced: Unsynced, dir: &Path) -> Result<(), String> {
     }
     let told = |kind: u8| -> BTreeSet<u64> {
         let of_it = steps.iter().filter_map(|step| match step {
-            Step::Told { what, event } if *what == kind => Some(number(event)),
+            Step::Told { what, event, .. } if *what == kind => Some(number(event)),
             _ => None,
         });
         of_it.collect()
@@ -203,6 +226,24 @@ fn check(steps: &[Step], unsynced: Unsynced, dir: &Path) -> Result<(), String> {
     if unsynced == Unsynced::Kept && !again.is_empty() {
         problems.push(format!("known to have ended, and waiting again: {again:?}"));
     }
+    for customer in 0..LANES {
+        // The last name that was acknowledged, or one that was on its way.
+        let mut may_be = vec![None];
+        for step in steps {
+            match step {
+                Step::Told { what: NAMING, customer: of, event } if *of as usize == customer => {
+                    may_be.push(Some(event))
+                }
+                Step::Told { what: NAMED, customer: of, event } if *of as usize == customer => {
+                    may_be = vec![Some(event)]
+                }
+                _ => {}
+            }
+        }
+        if !may_be.contains(&names.get(&customer)) {
+            problems.push(format!("c{customer} is named {:?}, not one of {may_be:?}", names.get(&customer)));
+        }
+    }
     if problems.is_empty() { Ok(()) } else { Err(problems.join("; ")) }
 }
 
@@ -210,12 +251,14 @@ fn check(steps: &[Step], unsynced: Unsynced, dir: &Path) -> Result<(), String> {
 fn play(dir: PathBuf, log: &Path, seed: u64) {
     let mut log = File::options().append(true).open(log).unwrap();
     let tell = move |told: Told<'_>| {
-        let (what, event) = match told {
-            Told::Accepted(event) => (ACCEPTED, event),
-            Told::Ended(event) => (ENDED, event),
-            Told::Noted(event) => (NOTED, event),
+        let (what, customer, event) = match told {
+            Told::Accepted(event) => (ACCEPTED, 0, event),
+            Told::Ended(event) => (ENDED, 0, event),
+            Told::Noted(event) => (NOTED, 0, event),
+            Told::Naming(customer, name) => (NAMING, customer, name),
+            Told::Named(customer, name) => (NAMED, customer, name),
         };
-        log.write_all(&record(what, 0, 0, event.as_bytes())).unwrap();
+        log.write_all(&record(what, customer as u32, 0, event.as_bytes())).unwrap();
     };
     let mut play = Play::new(seed, dir, tell);
     for _ in 0..STEPS {
