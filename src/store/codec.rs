@@ -163,11 +163,10 @@ impl<'a> Record<'a> {
     /// The body's bytes.
     pub(super) fn encode(&self) -> Vec<u8> {
         // Mostly enough, and not much more: many wait for the disk at once.
-        let room = match self {
-            Record::Accepted(event) => {
-                ACCEPTED_REST + event.event_id.len() + event.web_token.len() + event.messages.len()
-            }
-            _ => 64,
+        let room = if let Record::Accepted(event) = self {
+            ACCEPTED_REST + event.event_id.len() + event.web_token.len() + event.messages.len()
+        } else {
+            64
         };
         // Writing to a vector fails for no value of these types.
         postcard::to_extend(self, Vec::with_capacity(room)).unwrap_or_default()

@@ -5,6 +5,8 @@
 //! is there; of what was not, nothing, all, or a part, writes torn in the middle included. Names appear in the order in
 //! which they were made, as file systems with ordered metadata have it.
 
+#![allow(clippy::wildcard_enum_match_arm, reason = "most rules are about one kind of step")]
+
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ffi::OsStr;
 use std::fs::File;
@@ -130,7 +132,7 @@ fn build(steps: &[Step], unsynced: Unsynced, rng: &mut fastrand::Rng, from: &Pat
             _ => false,
         })
         .map(|(at, _)| at + 1)
-        .last()
+        .next_back()
         .unwrap_or(0);
     let named_to = match unsynced {
         Unsynced::Gone => named_to,
@@ -165,10 +167,10 @@ fn build(steps: &[Step], unsynced: Unsynced, rng: &mut fastrand::Rng, from: &Pat
                     content[offset..offset + len].copy_from_slice(&bytes[..len]);
                 }
             }
-            Step::Truncate { file, len } => {
-                if is_synced(file) || unsynced == Unsynced::Kept || (unsynced == Unsynced::Some && rng.bool()) {
-                    contents.entry(*file).or_default().resize(*len as usize, 0);
-                }
+            Step::Truncate { file, len }
+                if is_synced(file) || unsynced == Unsynced::Kept || (unsynced == Unsynced::Some && rng.bool()) =>
+            {
+                contents.entry(*file).or_default().resize(*len as usize, 0);
             }
             Step::MakeDir(path) => std::fs::create_dir_all(to.join(path.strip_prefix(from).unwrap())).unwrap(),
             _ => {}
