@@ -44,7 +44,7 @@ use crate::store::Store;
 pub const BODIES_KIB: usize = 48 << 10;
 /// Bodies of large requests that are worked at at once, KiB: parsed and encoded, each takes two to three times as much
 /// again.
-pub const POSTING_KIB: usize = 4 << 10;
+pub const POSTING_KIB: usize = 1 << 10;
 /// How long the relay may take to answer a question.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 

@@ -92,6 +92,8 @@ fn what_is_wrong_is_said_with_its_place() {
         ("[push]\ntimeot = \"1s\"", "line 2, column 1", "timeot"),
         ("[push]\ntimeout = \"soon\"", "line 2, column 11", "duration"),
         ("[push]\ntimeout = \"0s\"", "", "push.timeout"),
+        ("[push]\ntimeout = \"101years\"", "line 2, column 11", "100 years"),
+        ("shutdown_timeout = \"500000000years\"", "line 1, column 20", "100 years"),
         ("[outbox]\nmin_free_disk = \"1 ton\"", "line 2, column 17", "size"),
         ("[endpoints.0]\nurl = \"http://a/\"", "line 1, column 12", "plugin id"),
         ("[endpoints.12]\nurl = \"ftp://a/\"", "line 2, column 7", "https://"),

@@ -138,6 +138,9 @@ impl fmt::Display for Listen {
     }
 }
 
+/// Longest duration: what is added to now must still be a time.
+const TIME_MAX: Duration = Duration::from_secs(100 * 365 * 24 * 3_600);
+
 /// A duration as `"10s"`, `"15m"`, `"24h"`, `"180days"`.
 #[derive(Clone, Copy)]
 pub(super) struct Time(pub Duration);
@@ -147,6 +150,9 @@ impl<'de> Deserialize<'de> for Time {
         let text = String::deserialize(deserializer)?;
         let time = humantime::parse_duration(&text)
             .map_err(|error| D::Error::custom(format!("not a duration like \"10s\" or \"24h\": {error}")))?;
+        if time > TIME_MAX {
+            return Err(D::Error::custom("a duration is at most 100 years"));
+        }
         Ok(Time(time))
     }
 }

@@ -37,7 +37,7 @@ pub(super) const ID_ROW: usize = 100;
 /// Rows that one call drops.
 const NONCES_EXPIRED_AT_ONCE: usize = 1_000;
 /// sled's page cache. Rows are read at start and when a customer is not in our own cache.
-const CACHE_BYTES: u64 = 4 << 20;
+const CACHE_BYTES: u64 = 2 << 20;
 /// How long opening may take before it counts as hung.
 const OPEN_LIMIT: Duration = Duration::from_secs(120);
 /// How often opening is tried while the last process's lock is still going away.
