@@ -5,7 +5,10 @@ use std::collections::BTreeMap;
 use tokio::sync::mpsc;
 
 use super::*;
+use crate::domain::customer::{Hearing, NameKind};
+use crate::domain::endpoint::Plugin;
 use crate::domain::event::Event;
+use crate::domain::keys::LaneKey;
 use crate::domain::outcome::Verdict;
 use crate::domain::retry::{Backoff, Delays};
 use crate::domain::schedule::{self, Moment, Schedule};

@@ -1,0 +1,138 @@
+//! The thread of the journal: gathers requests into groups, writes and syncs each, tells who waits.
+
+use std::io;
+use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
+
+use tokio::sync::mpsc;
+
+use super::admission::Request;
+use super::journal::{self, Begun, Writer};
+use super::{Answers, Inner, Item, Notice, Refusal, lock, recover};
+
+impl Inner {
+    pub(super) fn note(&self, bodies: Vec<Vec<u8>>) {
+        let mut writer = lock(&self.writer);
+        match writer.note(bodies) {
+            Ok(true) => {}
+            Ok(false) => {
+                drop(writer);
+                // An empty group: the journal's thread begins a segment for it. Nobody waits for that.
+                drop(lock(&self.admission).stage_sync());
+                self.work.notify_all();
+            }
+            Err(error) => {
+                // Room for just this is held ready.
+                recover::release_reserve(&self.settings.dir);
+                if let Err(error) = writer.note(Vec::new()) {
+                    self.failed("append", &error);
+                }
+                self.failed("append", &error);
+            }
+        }
+    }
+
+    /// The journal's thread: writes and syncs groups of requests until the end.
+    pub(super) fn write_groups(&self) {
+        loop {
+            let requests = {
+                let mut admission = lock(&self.admission);
+                while admission.pending.is_empty() && !self.is_ending.load(Ordering::SeqCst) {
+                    admission.is_writer_idle = true;
+                    admission = self.work.wait(admission).unwrap_or_else(PoisonError::into_inner);
+                }
+                admission.is_writer_idle = false;
+                std::mem::take(&mut admission.pending)
+            };
+            if requests.is_empty() {
+                break;
+            }
+            match self.write_durably(&requests) {
+                Ok(written) => self.publish(requests, written),
+                Err(error) => {
+                    self.failed("append", &error);
+                    lock(&self.admission).fail(requests, Refusal::DiskLow);
+                    self.fates.send_replace(());
+                }
+            }
+        }
+    }
+
+    /// Writes a group and syncs it. After a failed sync the group is written again, once, into a new segment: pages of the
+    /// old one may be marked clean without being on disk.
+    fn write_durably(&self, requests: &[Request]) -> io::Result<journal::Written> {
+        for is_last in [false, true] {
+            let (begun, written) = {
+                let mut writer = lock(&self.writer);
+                let events = requests.iter().map(|request| request.staged.len()).sum();
+                let begun = if writer.wants_roll(events) { Some(self.roll(&mut writer)?) } else { None };
+                (begun, writer.write_group(requests))
+            };
+            // With the lock released: the relay may be waiting for it while its channel is full.
+            if let Some(begun) = begun {
+                let notice = Notice::SegmentBegun { slot: begun.slot, segment: begun.segment };
+                drop(self.notices.blocking_send(notice));
+            }
+            let written = written?;
+            let timer = self.metrics.sync_seconds.start_timer();
+            let synced = written.sync();
+            timer.observe_duration();
+            let mut writer = lock(&self.writer);
+            match synced {
+                Ok(()) => {
+                    writer.synced(&written);
+                    return Ok(written);
+                }
+                Err(error) => {
+                    self.failed("sync", &error);
+                    writer.abandon(&written);
+                    if is_last {
+                        return Err(error);
+                    }
+                }
+            }
+        }
+        Err(io::ErrorKind::Other.into())
+    }
+
+    /// Begins a segment before anything is accepted, for what is noted of the events that wait. Where the disk does not
+    /// take it, it is begun with the first group.
+    pub(super) fn begin_segment(&self) {
+        match self.roll(&mut lock(&self.writer)) {
+            Ok(Begun { slot, segment }) => {
+                // The first notice of all: there is room.
+                drop(self.notices.try_send(Notice::SegmentBegun { slot, segment }));
+            }
+            Err(error) => self.failed("append", &error),
+        }
+    }
+
+    fn roll(&self, writer: &mut Writer) -> io::Result<Begun> {
+        let mut segments = self.segments.write().unwrap_or_else(PoisonError::into_inner);
+        let begun = writer.roll(&mut segments)?;
+        if let Some((number, end)) = writer.previous() {
+            segments.ends.insert(number, end);
+        }
+        tracing::debug!(segment = begun.segment, "began a segment");
+        Ok(begun)
+    }
+
+    fn publish(&self, requests: Vec<Request>, written: journal::Written) {
+        lock(&self.admission).durable(&requests, written.end);
+        *lock(&self.durable) = written.end;
+        self.durable_moved.notify_all();
+        self.fates.send_replace(());
+        let mut items = Vec::new();
+        let mut answers = Vec::with_capacity(requests.len());
+        for (request, events) in requests.into_iter().zip(written.events) {
+            items.extend(events.into_iter().map(Item::Appended));
+            items.extend(request.withdraw.into_iter().map(Item::Withdraw));
+            answers.push(request.done);
+        }
+        let notice = Notice::Durable { items, end: written.end, answers: Answers(answers) };
+        if let Err(mpsc::error::SendError(Notice::Durable { answers, .. })) = self.notices.blocking_send(notice) {
+            // The relay has ended: what it was not told is found at the next start.
+            answers.send();
+        }
+    }
+}
