@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 const CLEAN_MAX: usize = 20_000;
 
 /// Changes beyond which requests wait until the queue has taken some.
-const CHANGED_MAX: usize = 8_000;
+const CHANGED_MAX: usize = 4_000;
 
 /// What is looked up.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]

@@ -6,7 +6,8 @@ use std::time::Duration;
 use super::*;
 use crate::domain::backlog::PLACES_MAX;
 use crate::domain::endpoint::Plugin;
-use crate::domain::outcome::Report;
+use crate::domain::outcome::Verdict;
+use crate::domain::outcome::{Report, Verdict};
 use crate::domain::retry::Backoff;
 
 const SECOND: u64 = 1_000_000;

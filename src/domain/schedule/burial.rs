@@ -1,0 +1,136 @@
+//! Events that are given up, a few at a time.
+
+use std::collections::VecDeque;
+
+use super::Schedule;
+use super::lanes::{Lane, LaneId, State};
+use super::reports::after_singles;
+use crate::domain::backlog::Handle;
+use crate::domain::endpoint::EndpointName;
+use crate::domain::outcome::DeathReason;
+
+/// Most events given up in one step, so that burying a large backlog never holds up the rest.
+const BURY_EVENTS_MAX: u32 = 64;
+
+/// Events to be made dead letters.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Burial {
+    /// The lane, to say `buried` of.
+    pub lane: LaneId,
+    /// Its endpoint.
+    pub endpoint: EndpointName,
+    /// The lane's first events.
+    pub events: Vec<Handle>,
+    /// Why.
+    pub reason: DeathReason,
+    /// Attempts that were made.
+    pub attempts: u32,
+}
+
+impl Schedule {
+    /// Gives up what waits in a lane, or only its first event. What is in flight is given up if the attempt fails.
+    /// Answers how many events that is at most.
+    pub fn bury(&mut self, lane_id: LaneId, first_only: bool) -> u32 {
+        let Some(lane) = self.lanes.get(lane_id).copied() else { return 0 };
+        let count = if first_only { lane.len.min(1) } else { lane.len };
+        match lane.state {
+            State::Free | State::Burying => 0,
+            State::Ready | State::Waiting => {
+                self.begin_burying(lane_id, count, DeathReason::Buried);
+                count
+            }
+            State::Flying => match self.flights.get_mut(&lane_id) {
+                Some(flight) if !flight.is_withdrawn => {
+                    flight.bury = flight.bury.max(count);
+                    count
+                }
+                Some(_) | None => 0,
+            },
+        }
+    }
+
+    /// Whether anything is being given up.
+    #[must_use]
+    pub fn is_burying(&self) -> bool {
+        !self.burying.is_empty() || self.flights.values().any(|flight| flight.bury > 0)
+    }
+
+    /// The next events to be given up.
+    pub fn next_bury(&mut self) -> Option<Burial> {
+        let (lane_id, count, reason) = self.to_bury.pop_front()?;
+        let lane = self.lanes.get(lane_id).copied()?;
+        let endpoint = self.endpoints.get(lane.endpoint as usize)?.name;
+        let events = self.chain(lane.head, count.min(BURY_EVENTS_MAX));
+        let attempts = self.lanes.retry(lane_id).map_or(0, |retry| retry.tries.max(retry.attempts));
+        Some(Burial { lane: lane_id, endpoint, events, reason, attempts })
+    }
+
+    /// The events of a [`Burial`] are dead letters now.
+    pub fn buried(&mut self, burial: &Burial, now: u64) {
+        let count = burial.events.len() as u32;
+        for event in self.pop(burial.lane, count) {
+            self.backlog.settle(event);
+        }
+        let left = self.burying.remove(&burial.lane).unwrap_or(0).saturating_sub(count);
+        if left > 0 {
+            self.burying.insert(burial.lane, left);
+            return self.to_bury.push_back((burial.lane, left, burial.reason));
+        }
+        let after = self.lanes.retry(burial.lane).and_then(|retry| after_singles(retry, count, 0));
+        self.lanes.set_retry(burial.lane, after);
+        let endpoint = self.lanes.get(burial.lane).map(|lane| lane.endpoint);
+        self.make_ready(burial.lane, now);
+        if let Some(endpoint) = endpoint {
+            self.touch(endpoint, now);
+        }
+    }
+
+    /// A burial that could not be done now: to be asked for again.
+    pub fn not_buried(&mut self, burial: &Burial) {
+        let count = self.burying.get(&burial.lane).copied().unwrap_or(0);
+        self.to_bury.push_back((burial.lane, count, burial.reason));
+    }
+
+    pub(super) fn begin_burying(&mut self, lane_id: LaneId, count: u32, reason: DeathReason) {
+        if let Some(lane) = self.lanes.get_mut(lane_id) {
+            lane.state = State::Burying;
+            let count = count.min(lane.len);
+            self.burying.insert(lane_id, count);
+            self.to_bury.push_back((lane_id, count, reason));
+        }
+    }
+
+    /// How many of a lane's first `most` events are too old.
+    pub(super) fn expired(&self, endpoint: u32, head: Handle, most: u32, second: u64) -> u32 {
+        let Some(endpoint) = self.endpoints.get(endpoint as usize) else { return 0 };
+        let age = |event: &Handle| endpoint.pauses.age(u64::from(self.backlog.second(*event)), second);
+        let too_old = |event: &Handle| age(event) >= self.settings.max_age_s;
+        self.chain(head, most).iter().take_while(|event| too_old(event)).count() as u32
+    }
+
+    /// After a failed probe: gives up what is too old in the lanes that had no attempt of their own.
+    pub(super) fn expire_ready(&mut self, id: u32, second: u64) {
+        let max_age_s = self.settings.max_age_s;
+        let Some(endpoint) = self.endpoint_mut(id) else { return };
+        if endpoint.ages.oldest().is_none_or(|oldest| endpoint.pauses.age(u64::from(oldest), second) < max_age_s) {
+            return;
+        }
+        for is_tried in [false, true] {
+            let Some(endpoint) = self.endpoint_mut(id) else { return };
+            let queue = std::mem::take(if is_tried { &mut endpoint.tried } else { &mut endpoint.fresh });
+            let mut kept = VecDeque::with_capacity(queue.len());
+            for lane_id in queue {
+                let is_here = |lane: &&Lane| lane.endpoint == id && lane.state == State::Ready;
+                let Some(lane) = self.lanes.get(lane_id).filter(is_here) else { continue };
+                let expired = self.expired(id, lane.head, lane.len, second);
+                if expired > 0 {
+                    self.begin_burying(lane_id, expired, DeathReason::Expired);
+                } else {
+                    kept.push_back(lane_id);
+                }
+            }
+            let Some(endpoint) = self.endpoint_mut(id) else { return };
+            *(if is_tried { &mut endpoint.tried } else { &mut endpoint.fresh }) = kept;
+        }
+    }
+}

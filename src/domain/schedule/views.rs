@@ -1,0 +1,140 @@
+//! What is seen of the schedule from outside.
+
+use super::Schedule;
+use super::lanes::{LaneId, Retry, State};
+use crate::domain::backlog::Handle;
+use crate::domain::endpoint::EndpointName;
+use crate::domain::keys::LaneKey;
+
+/// How an endpoint stands, for people and metrics.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EndpointView {
+    /// Its name.
+    pub name: EndpointName,
+    /// Events that wait, in flight included.
+    pub events: u64,
+    /// Attempts in flight.
+    pub in_flight: u32,
+    /// Whether it is up.
+    pub is_up: bool,
+    /// Whether pushing is stopped.
+    pub is_paused: bool,
+    /// Attempts in flight that it has earned.
+    pub window: u32,
+    /// When its oldest event was accepted, Unix seconds.
+    pub oldest: Option<u32>,
+    /// Microseconds in which a lane was ready and the rate forbade it.
+    pub rate_limited: u64,
+}
+
+impl EndpointView {
+    /// The contract's word for it (§6).
+    #[must_use]
+    pub fn state(&self) -> &'static str {
+        match (self.is_paused, self.is_up) {
+            (true, _) => "paused",
+            (false, true) => "up",
+            (false, false) => "down",
+        }
+    }
+}
+
+/// How a lane stands, for people.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LaneView {
+    /// Its place in the table.
+    pub id: LaneId,
+    /// Its key.
+    pub key: LaneKey,
+    /// Its endpoint.
+    pub endpoint: EndpointName,
+    /// Its first event.
+    pub head: Handle,
+    /// Events that wait, in flight included.
+    pub events: u32,
+    /// Whether a push is in flight.
+    pub in_flight: bool,
+    /// What is known of the push at its head, when that has failed.
+    pub retry: Option<Retry>,
+}
+
+impl Schedule {
+    /// The lanes in which something waits, from that place of the table on.
+    pub fn lanes_from(&self, first: LaneId) -> impl Iterator<Item = LaneView> {
+        self.lanes.from(first).filter(|(_, lane)| lane.len > 0).filter_map(|(id, lane)| {
+            Some(LaneView {
+                id,
+                key: lane.key,
+                endpoint: self.endpoints.get(lane.endpoint as usize)?.name,
+                head: lane.head,
+                events: lane.len,
+                in_flight: lane.state == State::Flying,
+                retry: self.lanes.retry(id).copied(),
+            })
+        })
+    }
+
+    /// Every endpoint that ever was.
+    pub fn endpoints(&self) -> impl Iterator<Item = EndpointView> {
+        self.endpoints.iter().map(|endpoint| EndpointView {
+            name: endpoint.name,
+            events: endpoint.events,
+            in_flight: endpoint.in_flight,
+            is_up: endpoint.down.is_none(),
+            is_paused: endpoint.pauses.is_paused(),
+            window: endpoint.window,
+            oldest: endpoint.ages.oldest(),
+            rate_limited: endpoint.rate_limited,
+        })
+    }
+
+    /// The lane of that key, while something waits in it.
+    #[must_use]
+    pub fn lane_id(&self, key: LaneKey) -> Option<LaneId> {
+        self.lanes.find(key)
+    }
+
+    /// The key of a lane.
+    #[must_use]
+    pub fn lane_key(&self, id: LaneId) -> Option<LaneKey> {
+        self.lanes.get(id).map(|lane| lane.key)
+    }
+
+    /// The endpoint of a lane.
+    #[must_use]
+    pub fn endpoint_of(&self, id: LaneId) -> Option<EndpointName> {
+        let lane = self.lanes.get(id)?;
+        self.endpoints.get(lane.endpoint as usize).map(|endpoint| endpoint.name)
+    }
+
+    /// Events that wait in a lane.
+    #[must_use]
+    pub fn waiting(&self, key: LaneKey) -> u32 {
+        self.lanes.find(key).and_then(|id| self.lanes.get(id)).map_or(0, |lane| lane.len)
+    }
+
+    /// The events that wait in a lane, in order.
+    #[must_use]
+    pub fn events_of(&self, key: LaneKey) -> Vec<Handle> {
+        let lane = self.lanes.find(key).and_then(|id| self.lanes.get(id));
+        lane.map_or_else(Vec::new, |lane| self.chain(lane.head, lane.len))
+    }
+
+    /// Attempts in flight.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        self.flights.len()
+    }
+
+    /// Events that wait, in flight included.
+    #[must_use]
+    pub fn events(&self) -> u64 {
+        self.events
+    }
+
+    /// Lanes in which something waits.
+    #[must_use]
+    pub fn lanes(&self) -> usize {
+        self.lanes.len()
+    }
+}
