@@ -6,7 +6,6 @@ use std::time::Duration;
 use super::*;
 use crate::domain::backlog::PLACES_MAX;
 use crate::domain::endpoint::Plugin;
-use crate::domain::outcome::Verdict;
 use crate::domain::outcome::{Report, Verdict};
 use crate::domain::retry::Backoff;
 
