@@ -19,7 +19,7 @@
 //! ```
 //!
 //! Invariants, each with the test that holds it: a 202 is delivered, dead or withdrawn (`tests/it/crash.rs`, the store's
-//! model); a lane goes in order, one push at a time, within rate and concurrency, and nothing is stuck (the schedule's
+//! model, a power cut after each of its steps); a lane goes in order, one push at a time, within rate and concurrency, and nothing is stuck (the schedule's
 //! simulation); no packet goes to a forbidden address (`relay::dialer`); what is gone is not replayed
 //! (`store::dead_letters`).
 //!
