@@ -594,12 +594,14 @@ impl Admission {
         let before = self.known(plugin, web_token, now_s);
         let base = before.clone().unwrap_or_else(|| Customer::new(web_token, plugin));
         let after = base.after(hearing, now_s, self.rules.forget_after_s);
+        // In such an order that a crash in the middle leaves everybody to be found by the name that was acknowledged.
         let mut changes = Vec::new();
+        let mut former = Vec::new();
         for (kind, name) in names(hearing) {
             if base.name(kind) == Some(name) && before.is_some() {
                 continue;
             }
-            changes.extend(base.name(kind).map(|old| name_change(kind, plugin, old, None)));
+            former.extend(base.name(kind).map(|old| name_change(kind, plugin, old, None)));
             let holder = match self.cache.get(&StateKey::Name(kind, plugin, name.to_owned())) {
                 Some(StateValue::Name(holder)) => holder.clone(),
                 Some(StateValue::Customer(_)) | None => None,
@@ -616,6 +618,7 @@ impl Admission {
         if before.as_ref() != Some(&after) {
             changes.push(StateChange::PutCustomer(after.clone()));
         }
+        changes.extend(former);
         (after, changes)
     }
 
