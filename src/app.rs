@@ -286,7 +286,7 @@ pub fn open_stopped(config: &Config) -> Result<Stopped, StartError> {
     let metrics = Metrics::new(config.metrics_max_endpoints)?;
     let (tell, notices) = mpsc::channel(NOTICES_MAX);
     let prepare = |_: &_, _: &mut Schedule| ();
-    let settings = store_settings(config);
+    let settings = store::Settings { is_relaying: false, ..store_settings(config) };
     let (store, threads) = Store::open(settings, metrics.store, &mut schedule, prepare, tell)?;
     Ok(Stopped { store, schedule, threads, notices })
 }
@@ -346,6 +346,7 @@ fn schedule_settings(config: &Config) -> schedule::Settings {
 
 fn store_settings(config: &Config) -> store::Settings {
     store::Settings {
+        is_relaying: true,
         dir: config.data_dir.clone(),
         segment_bytes: store::SEGMENT_BYTES,
         free_min: config.min_free_disk,

@@ -334,7 +334,10 @@ async fn turn(api: &Api, bytes: usize) -> Result<Option<SemaphorePermit<'_>>, Ap
         return Ok(None);
     }
     let share = u32::try_from((bytes / 1_024).min(POSTING_KIB)).unwrap_or(u32::MAX);
-    api.posting.acquire_many(share).await.map(Some).map_err(|_| error(Code::Stopping, "the relay is stopping"))
+    match tokio::time::timeout(BODY_LIMIT, api.posting.acquire_many(share)).await {
+        Ok(Ok(turn)) => Ok(Some(turn)),
+        Ok(Err(_)) | Err(_) => Err(super::answer::busy()),
+    }
 }
 
 #[cfg(test)]

@@ -95,11 +95,18 @@ async fn handle(api: &Api, call: Call, request: Request<Incoming>) -> Result<Res
     }
     let form = local::body_form(&request)?;
     let query = request.uri().query().unwrap_or("").to_owned();
-    let body = local::read_body(api, request, BODY_MAX).await?;
     // Not a guard: it would be held while others wait.
     let config = api.config.load_full();
+    let signed = match udesk::parameters(&query, udesk::BodyForm::None, &[]) {
+        Ok(signed) => signed,
+        Err(failure) => return Ok(Err(failure)),
+    };
+    // Nobody's body is waited for before it is known whose it is.
+    if let Err(failure) = verify(&config.open_api, &signed, clock::wall_ms() / 1_000) {
+        return Ok(Err(failure));
+    }
+    let body = local::read_body(api, request, BODY_MAX).await?;
     let answered = async {
-        let signed = udesk::parameters(&query, udesk::BodyForm::None, &[])?;
         let account = authorize(api, &config.open_api, &signed).await?;
         let parameters = udesk::parameters(&query, form, &body.bytes)?;
         match call {

@@ -28,6 +28,8 @@ use crate::config::{Listen, Local};
 const HEAD_LIMIT: Duration = Duration::from_secs(30);
 /// A TLS handshake may take so long.
 const TLS_LIMIT: Duration = Duration::from_secs(10);
+/// The last answer of a connection that is to make room may take so long.
+const LAST_ANSWER_LIMIT: Duration = Duration::from_secs(60);
 /// Most headers of a request.
 const HEADERS_MAX: usize = 64;
 /// Largest head of a request, bytes.
@@ -239,8 +241,12 @@ where
                 Stream::Tcp(stream) => match tls {
                     None => connection(TokioIo::new(stream), handler, shutdown, place).await,
                     Some(tls) => {
+                        let handshake = tokio::select! {
+                            handshake = timeout(TLS_LIMIT, tls.accept(stream)) => handshake,
+                            () = place.wanted() => return,
+                        };
                         // A peer that is no TLS client is its own affair.
-                        if let Ok(Ok(stream)) = timeout(TLS_LIMIT, tls.accept(stream)).await {
+                        if let Ok(Ok(stream)) = handshake {
                             connection(TokioIo::new(stream), handler, shutdown, place).await;
                         }
                     }
@@ -312,10 +318,15 @@ where
     if place.is_wanted() {
         // A request may be on its way: it is answered, as the last one.
         tokio::select! {
+            // First what has come, when both are there.
+            biased;
             ended = connection.as_mut() => return drop(ended),
             is_busy = place.last_request() => if !is_busy { return },
             () = ending(&mut shutdown) => {}
         }
+        connection.as_mut().graceful_shutdown();
+        // Somebody who does not read the answer keeps no place.
+        return drop(timeout(LAST_ANSWER_LIMIT, connection).await);
     }
     connection.as_mut().graceful_shutdown();
     drop(connection.await);

@@ -332,7 +332,7 @@ fn header((name, value): (&String, &String)) -> Result<(HeaderName, HeaderValue)
     if is_ours {
         return Err(format!("headers: {name} is set by the relay"));
     }
-    let name = HeaderName::try_from(&lower).map_err(|_| format!("headers: {name:?} is no header name"))?;
+    let name = HeaderName::try_from(&lower).map_err(|_| "headers: a name is no header name".to_owned())?;
     let mut value = HeaderValue::try_from(value).map_err(|_| format!("headers: the value of {name} is none"))?;
     value.set_sensitive(true);
     Ok((name, value))

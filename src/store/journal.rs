@@ -243,17 +243,29 @@ impl Writer {
     /// Gives a segment up whose sync failed: its page cache is not to be trusted, so it ends before the group.
     pub(super) fn abandon(&mut self, written: &Written) {
         if let Some(active) = self.active.take_if(|active| active.number == written.end.segment) {
+            // What was noted since the last sync, within the group or behind it, is noted again: twice does no harm.
+            let mut noted = Vec::new();
+            let keep = |frame: &segment::Frame| {
+                if matches!(Record::decode(frame.body()), Some(Record::Settled(_) | Record::Deferred(_))) {
+                    noted.push(frame.body().to_vec());
+                }
+            };
+            if let Err(error) = segment::scan_synced(&active.file, active.number, active.synced, active.len, keep) {
+                tracing::error!(%error, "what was noted last cannot be read back: pushes may repeat");
+            }
+            noted.append(&mut self.owed);
+            self.owed = noted;
             self.previous = Some((active.number, written.start));
             // Cut for the next reader; the next segment says the same.
             drop(active.file.set_len(u64::from(written.start)));
         }
     }
 
-    /// Writes records that need no sync of their own, and says whether they are written: what is not is kept for the next
-    /// write. Without a segment they wait for one.
-    pub(super) fn note(&mut self, bodies: Vec<Vec<u8>>) -> io::Result<bool> {
+    /// Writes records that need no sync of their own. What cannot be written is kept for the next write; without a
+    /// segment they wait for one.
+    pub(super) fn note(&mut self, bodies: Vec<Vec<u8>>) -> io::Result<()> {
         self.owed.extend(bodies);
-        let Some(active) = self.active.as_mut() else { return Ok(self.owed.is_empty()) };
+        let Some(active) = self.active.as_mut() else { return Ok(()) };
         self.buffer.clear();
         for body in &self.owed {
             let offset = active.len + self.buffer.len() as u32;
@@ -262,7 +274,7 @@ impl Writer {
         write_or_cut(&active.file, &self.buffer, active.len)?;
         active.len += self.buffer.len() as u32;
         self.owed.clear();
-        Ok(true)
+        Ok(())
     }
 }
 

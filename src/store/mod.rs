@@ -74,6 +74,8 @@ use crate::metrics::StoreMetrics;
 /// How the store is to be.
 #[derive(Clone, Debug)]
 pub struct Settings {
+    /// Whether what waits is to be relayed, and not only looked at.
+    pub is_relaying: bool,
     /// The data directory; created if it is not there.
     pub dir: PathBuf,
     /// Size at which a segment is complete, bytes.

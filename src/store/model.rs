@@ -19,6 +19,7 @@ pub(super) const LANES: usize = 8;
 
 pub(super) fn settings(dir: &std::path::Path) -> Settings {
     Settings {
+        is_relaying: true,
         dir: dir.to_owned(),
         segment_bytes: 24 << 10,
         free_min: 0,

@@ -212,7 +212,7 @@ impl Store {
             metrics,
             settings,
         });
-        if schedule.events() > 0 {
+        if inner.settings.is_relaying && schedule.events() > 0 {
             inner.begin_segment();
         }
         let threads = start_threads(&inner, applier).map_err(io_error(&dir))?;

@@ -14,13 +14,8 @@ impl Inner {
     pub(super) fn note(&self, bodies: Vec<Vec<u8>>) {
         let mut writer = lock(&self.writer);
         match writer.note(bodies) {
-            Ok(true) => {}
-            Ok(false) => {
-                drop(writer);
-                // An empty group: the journal's thread begins a segment for it. Nobody waits for that.
-                drop(lock(&self.admission).stage_sync());
-                self.work.notify_all();
-            }
+            // Without a segment the keeper has one begun within a second.
+            Ok(()) => {}
             Err(error) => {
                 // Room for just this is held ready.
                 recover::release_reserve(&self.settings.dir);

@@ -184,7 +184,7 @@ fn nothing_acknowledged_is_lost_over_power_cuts_on_a_file_system() {
         receive_like(round, &receiver);
         let relay = Relay::start_in(Arc::clone(&disk.dir), &text);
         let load = Load::start(relay.local, &counters);
-        std::thread::sleep(Duration::from_millis(fastrand::u64(100..1_500)));
+        std::thread::sleep(Duration::from_millis(fastrand::u64(500..1_500)));
         // What has reached the disk by now is what the power cut leaves.
         relay.signal("STOP");
         let copied = Command::new("cp").arg("--sparse=always").args([image(round), image(round + 1)]).status();

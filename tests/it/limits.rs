@@ -177,7 +177,7 @@ fn a_thousand_endpoints_that_hang_take_nothing_from_another() {
     let endpoints: String = (0..HUNG)
         .map(|number| format!("[endpoints.{}]\nurl = \"http://{}/\"\n", 1_000 + number, hung.address))
         .collect();
-    let relay = Relay::start(&config(receiver.address, &endpoints));
+    let relay = Relay::start(&config(receiver.address, &format!("{endpoints}[push]\ntimeout = \"60s\"\n")));
     // How long 500 events of 100 customers take, from the first post to the last push.
     let relayed = |round: usize| {
         let begun = Instant::now();
