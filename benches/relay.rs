@@ -56,7 +56,7 @@ async fn scale(events: u64, customers: u64) {
     let took = post_all(relay.address, "/v1/events", (events, customers), 500, 0).await;
     println!("accepted                                   {:>12.0} /s", events as f64 / took.as_secs_f64());
     tokio::time::sleep(Duration::from_secs(6)).await;
-    println!("peak memory                                {:>12.0} MB", status_kb(relay.child.id(), "VmHWM:") / 1024.0);
+    println!("peak memory                                {:>12.1} MiB", status_kb(relay.child.id(), "VmHWM:") / 1024.0);
     println!(
         "disk for one event                         {:>12.0} bytes",
         bytes_below(relay.dir.path()) as f64 / events as f64
@@ -69,11 +69,11 @@ async fn scale(events: u64, customers: u64) {
         relay = relay.again();
         println!("start after {how:<28} {:>14.2} s", begun.elapsed().as_secs_f64());
         println!(
-            "  peak memory of the start                 {:>12.0} MB",
+            "  peak memory of the start                 {:>12.0} MiB",
             status_kb(relay.child.id(), "VmHWM:") / 1024.0
         );
         println!(
-            "  memory then                              {:>12.0} MB",
+            "  memory then                              {:>12.0} MiB",
             status_kb(relay.child.id(), "VmRSS:") / 1024.0
         );
     }
@@ -171,7 +171,7 @@ async fn run() {
     let before = cpu_ticks(relay.child.id());
     tokio::time::sleep(Duration::from_secs(10)).await;
     let ticks = cpu_ticks(relay.child.id()) - before;
-    println!("idle: resident                             {:>12.1} MB", status_kb(relay.child.id(), "VmRSS:") / 1024.0);
+    println!("idle: resident                             {:>12.1} MiB", status_kb(relay.child.id(), "VmRSS:") / 1024.0);
     println!("idle: CPU of one core over 10 s            {:>12.2} %", ticks as f64 / 10.0);
 }
 
