@@ -89,31 +89,6 @@ fn a_sync_that_fails_is_made_good_or_the_event_is_refused() {
 }
 
 #[test]
-fn what_was_delivered_while_a_sync_failed_is_not_delivered_again() {
-    let Some(disk) = Faulty::new() else { return };
-    let receiver = Receiver::start();
-    receiver.answer_status(500);
-    let text = config(receiver.address, QUICK);
-    let relay = disk.start(&text);
-    relay.queue(&event("a", "m0"));
-    receiver.wait_pushes(1);
-    disk.fails("late 1500");
-    std::thread::scope(|scope| {
-        let posted = scope.spawn(|| relay.queue(&event("b", "m1")));
-        // It is written down behind the group that is being synced, and goes with it when that fails.
-        std::thread::sleep(Duration::from_millis(200));
-        receiver.answer_status(200);
-        assert_eq!(receiver.wait_delivered(1), ["m0"]);
-        posted.join().unwrap();
-    });
-    receiver.wait_delivered(2);
-    assert!(relay.metric("h5push_store_errors_total", &[("op", "sync")]) >= 1.0);
-    relay.wait_metric("h5push_messages_delivered_total", &[], |count| count == 2.0);
-    std::thread::sleep(Duration::from_millis(100));
-    assert_eq!(delivered_after_a_kill(relay, &receiver, &text, 2), ["m0", "m1"], "none twice");
-}
-
-#[test]
 fn a_disk_that_cannot_be_written_refuses_and_delivers_what_it_holds() {
     let Some(disk) = Faulty::new() else { return };
     let receiver = Receiver::start();

@@ -1,7 +1,7 @@
 /* A disk that fails when it is told to: stands between the relay and the C library (LD_PRELOAD; see disk.rs).
  *
  * FAULTY_DIR: what lies below is on that disk. FAULTY_HOW: a file that says how it fails: "sync N" (the next N syncs
- * fail with EIO), "late N" (the next sync fails after N ms), "write" (every write fails with EROFS), "slow N" (a sync takes N ms). No file: it works.
+ * fail with EIO), "write" (every write fails with EROFS), "slow N" (a sync takes N ms). No file: it works.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -37,10 +37,8 @@ static int sync_fails(int fd) {
     if (!is_on_disk(fd)) return 0;
     long slow = told("slow", text, sizeof text);
     if (slow > 0) usleep((useconds_t)slow * 1000);
-    long late = told("late", text, sizeof text);
-    long left = late > 0 ? 1 : told("sync", text, sizeof text);
+    long left = told("sync", text, sizeof text);
     if (left <= 0) return 0;
-    if (late > 0) usleep((useconds_t)late * 1000);
     int how = (int)syscall(SYS_openat, AT_FDCWD, getenv("FAULTY_HOW"), O_WRONLY | O_TRUNC | O_CLOEXEC);
     int len = snprintf(text, sizeof text, "sync %ld", left - 1);
     syscall(SYS_write, how, text, (size_t)len);
