@@ -97,17 +97,16 @@ async fn handle(api: &Api, call: Call, request: Request<Incoming>) -> Result<Res
     let query = request.uri().query().unwrap_or("").to_owned();
     // Not a guard: it would be held while others wait.
     let config = api.config.load_full();
-    let signed = match udesk::parameters(&query, udesk::BodyForm::None, &[]) {
+    let verified = udesk::parameters(&query, udesk::BodyForm::None, &[])
+        .and_then(|signed| verify(&config.open_api, &signed, clock::wall_ms() / 1_000));
+    // Nobody's body is waited for before it is known whose it is.
+    let signed = match verified {
         Ok(signed) => signed,
         Err(failure) => return Ok(Err(failure)),
     };
-    // Nobody's body is waited for before it is known whose it is.
-    if let Err(failure) = verify(&config.open_api, &signed, clock::wall_ms() / 1_000) {
-        return Ok(Err(failure));
-    }
     let body = local::read_body(api, request, BODY_MAX).await?;
     let answered = async {
-        let account = authorize(api, &config.open_api, &signed).await?;
+        let account = authorize(api, &config.open_api, signed).await?;
         let parameters = udesk::parameters(&query, form, &body.bytes)?;
         match call {
             Call::H5push => h5push::post(api, &parameters, account.plugins.as_deref()).await,
@@ -117,30 +116,30 @@ async fn handle(api: &Api, call: Call, request: Request<Incoming>) -> Result<Res
     Ok(answered.await)
 }
 
-/// Who calls, by a signature that is right, fresh, and used once.
-async fn authorize<'a>(api: &Api, open_api: &'a OpenApi, signed: &Parameters) -> Result<&'a Account, Failure> {
-    let now_s = clock::wall_ms() / 1_000;
-    let Signed { account, nonce, signed_at } = verify(open_api, signed, now_s)?;
+/// Counts a rightly signed call, and uses its nonce up.
+async fn authorize<'a>(api: &Api, open_api: &OpenApi, signed: Signed<'a>) -> Result<&'a Account, Failure> {
+    let Signed { account, nonce, signed_at } = signed;
     // Only calls that are rightly signed count, so that nobody else can use an account's calls up.
     if !api.callers.may_call(&account.email, open_api.rate_limit_per_minute) {
         return Err(udesk::too_many());
     }
-    let key = api.store.hashing().nonce(&account.email, nonce);
+    let key = api.store.hashing().nonce(&account.email, &nonce);
+    let now_s = clock::wall_ms() / 1_000;
     let until_s = signed_at + open_api.timestamp_tolerance.as_secs();
     let is_fresh = api.store.use_nonce(key, until_s, now_s).await.map_err(udesk::unavailable)?;
     if is_fresh { Ok(account) } else { Err(udesk::unsigned()) }
 }
 
 /// What a right signature says.
-struct Signed<'a, 'p> {
+struct Signed<'a> {
     account: &'a Account,
-    nonce: &'p str,
+    nonce: String,
     /// Unix seconds.
     signed_at: u64,
 }
 
 /// Checks account, signature and timestamp, in the same time whichever of them is wrong.
-fn verify<'a, 'p>(open_api: &'a OpenApi, signed: &'p Parameters, now_s: u64) -> Result<Signed<'a, 'p>, Failure> {
+fn verify<'a>(open_api: &'a OpenApi, signed: &Parameters, now_s: u64) -> Result<Signed<'a>, Failure> {
     let value = |name: &str| signed.get(name).map(String::as_str).ok_or_else(|| udesk::missing(name));
     let (email, timestamp, nonce) = (value("email")?, value("timestamp")?, value("nonce")?);
     let (version, sign) = (value("sign_version")?, value("sign")?);
@@ -153,7 +152,7 @@ fn verify<'a, 'p>(open_api: &'a OpenApi, signed: &'p Parameters, now_s: u64) -> 
     let is_fresh = signed_at.is_some_and(|at| at.abs_diff(now_s) <= open_api.timestamp_tolerance.as_secs());
     match (known, signed_at) {
         (Some(account), Some(signed_at)) if is_right && is_fresh && version == "v2" => {
-            Ok(Signed { account, nonce, signed_at })
+            Ok(Signed { account, nonce: nonce.to_owned(), signed_at })
         }
         _ => Err(udesk::unsigned()),
     }

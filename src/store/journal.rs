@@ -296,3 +296,40 @@ fn write_or_cut(file: &File, bytes: &[u8], offset: u32) -> io::Result<()> {
         }
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::Ending;
+    use crate::store::codec::Settled;
+
+    #[test]
+    fn what_was_noted_within_or_behind_a_group_that_is_given_up_is_noted_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut segments = Segments::default();
+        let mut writer = Writer::new(dir.path().to_owned(), [7; 32], 1 << 20, 1, None);
+        let settled = |seq: u64| {
+            let lane = LaneKey(seq);
+            let record = Settled { lane, ending: Ending::Withdrawn, retry_is_over: false, second: 1, seqs: vec![seq] };
+            Record::Settled(record).encode()
+        };
+        // One owed from before the segment, which goes within the group; one behind it, while it is being synced.
+        writer.note(vec![settled(1)]).unwrap();
+        writer.roll(&mut segments).unwrap();
+        let written = writer.write_group(&[]).unwrap();
+        writer.note(vec![settled(2)]).unwrap();
+        writer.abandon(&written);
+        // One more that has no segment to go to.
+        writer.note(vec![settled(3)]).unwrap();
+        let begun = writer.roll(&mut segments).unwrap();
+        let again = writer.write_group(&[]).unwrap();
+        let mut seqs = Vec::new();
+        segment::scan(&again.file, begun.segment, 0, 0, |frame| {
+            if let Some(Record::Settled(settled)) = Record::decode(frame.body()) {
+                seqs.extend(settled.seqs);
+            }
+        })
+        .unwrap();
+        assert_eq!(seqs, [1, 2, 3]);
+    }
+}
