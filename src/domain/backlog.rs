@@ -1,7 +1,9 @@
-//! What waits, in memory: about 8 bytes for an event, whatever its size; payloads stay on disk.
+//! What waits, in memory: about 7 bytes for an event, whatever its size; payloads stay on disk.
 //!
 //! Events are named by a [`Handle`]: the slot of their journal segment and their place in it. Each has the link to the
 //! next event of its lane, the offset of its record, and one bit that says whether it is settled.
+
+use crate::domain::offsets::Offsets;
 
 /// An event that waits: segment slot (14 bits) and place in the segment (18 bits).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -42,7 +44,7 @@ pub struct Group {
     /// Of a compacted segment: each event's sequence number less the first of the segment.
     seqs: Option<Vec<u64>>,
     next: Vec<u32>,
-    offsets: Vec<u32>,
+    offsets: Offsets,
     /// (first place, second of acceptance), a row where the second changes.
     times: Vec<(u32, u32)>,
     settled: Vec<u64>,
@@ -199,7 +201,7 @@ impl Backlog {
     pub fn seal(&mut self, slot: u16) {
         if let Some(group) = self.groups.get_mut(usize::from(slot)).and_then(Option::as_mut) {
             group.next.shrink_to_fit();
-            group.offsets.shrink_to_fit();
+            group.offsets.seal();
             group.settled.shrink_to_fit();
             group.times.shrink_to_fit();
         }
@@ -249,7 +251,7 @@ impl Backlog {
     /// The offset of an event's record in its segment.
     #[must_use]
     pub fn offset(&self, handle: Handle) -> u32 {
-        self.group(handle.slot()).and_then(|group| group.offsets.get(handle.place())).copied().unwrap_or(0)
+        self.group(handle.slot()).and_then(|group| group.offsets.get(handle.place())).unwrap_or(0)
     }
 
     /// When an event was accepted, Unix seconds.

@@ -11,6 +11,7 @@ pub mod endpoint;
 pub mod event;
 pub mod gate;
 pub mod keys;
+mod offsets;
 pub mod outcome;
 pub mod push;
 pub mod retry;
