@@ -136,7 +136,7 @@ pub(super) async fn status(api: &Api) -> Result<Answer, ApiError> {
                 last_error: seen.last_errors.get(&endpoint.name).cloned(),
                 attempt_seconds: seen.attempt_seconds.get(&endpoint.name).copied(),
                 history: api.history.of(endpoint.name),
-                delivered_messages: counted.messages_delivered.get(),
+                delivered_messages: counted.delivered_messages(),
                 failed_attempts: counted.failed_attempts(),
             }
         })

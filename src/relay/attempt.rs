@@ -85,25 +85,27 @@ impl Job {
             detail: None,
             seconds: 0.0,
         };
-        let stored = match self.read() {
-            Ok(stored) => stored,
+        // What was read is given back before the answer is waited for: thousands of attempts may wait.
+        let composed = match self.read() {
+            Ok(stored) => self.compose(&stored, &mut done),
             Err(verdict) => return Done { taken: 1, verdict, ..done },
         };
-        let Some((push, event_ids)) = self.compose(&stored, &mut done) else {
+        let Some((push, event_ids)) = composed else {
             return Done { taken: 1, verdict: Verdict::Damaged, ..done };
         };
+        let webhook_id = self.settings.logs_attempts.then(|| push.id.clone());
         let begun = clock::now();
-        let seen = deliverer.attempt(&self.target, &push, self.settings.timeout, || self.flight.may_send()).await;
+        let seen = deliverer.attempt(&self.target, push, self.settings.timeout, || self.flight.may_send()).await;
         done.seconds = begun.elapsed().as_secs_f64();
         if let Some(Seen { report, detail }) = seen {
             done.verdict = report.verdict();
             done.result = Some(report.result());
             done.detail = describe(report, detail);
-            if self.settings.logs_attempts {
+            if let Some(webhook_id) = webhook_id {
                 tracing::info!(
                     endpoint = %self.endpoint,
-                    webhook_id = push.id,
-                    events = event_ids.join(" "),
+                    webhook_id,
+                    events = event_ids,
                     attempt = self.attempt,
                     result = report.result().as_str(),
                     ?report,
@@ -140,8 +142,9 @@ impl Job {
         Ok(all)
     }
 
-    /// Puts as many events as go together into one body. `None`: not even the first can be read.
-    fn compose<'a>(&self, stored: &'a [Stored], done: &mut Done) -> Option<(Push, Vec<&'a str>)> {
+    /// Puts as many events as go together into one body; also their ids, where attempts are logged. `None`: not even the
+    /// first can be read.
+    fn compose(&self, stored: &[Stored], done: &mut Done) -> Option<(Push, String)> {
         let first = stored.first()?.event()?;
         // What was sent before goes together again, whatever the bounds are now.
         let unbounded = PushBounds { messages_max: u32::MAX, bytes_max: usize::MAX };
@@ -167,6 +170,7 @@ impl Job {
         let body =
             if is_survey { first.messages.to_owned() } else { composition.body(first.web_token, first.plugin).ok()? };
         let id = push::webhook_id(&self.hashing, &seqs);
+        let event_ids = if self.settings.logs_attempts { event_ids.join(" ") } else { String::new() };
         Some((Push { id, attempt: self.attempt, body: Bytes::from(body) }, event_ids))
     }
 }

@@ -209,8 +209,7 @@ impl Relay {
             self.schedule.endpoints().filter(|view| self.targets.contains_key(&view.name) || view.events > 0).collect();
         for view in &views {
             let before = self.rate_limited.insert(view.name, view.rate_limited).unwrap_or(0);
-            let seconds = Duration::from_micros(view.rate_limited.saturating_sub(before)).as_secs_f64();
-            self.metrics_of(view.name).rate_limited_seconds.inc_by(seconds);
+            self.metrics_of(view.name).rate_limited(view.rate_limited.saturating_sub(before));
         }
         let seen = self.seen.clone();
         View { endpoints: views, seen, outbox_bytes: self.schedule.backlog.live_bytes() }
@@ -289,10 +288,10 @@ impl Relay {
         let metrics = self.metrics_of(endpoint);
         tokio::spawn(async move {
             let begun = clock::now();
-            let seen = match deliverer.attempt(&target, &push, timeout, || true).await {
+            let seen = match deliverer.attempt(&target, push.clone(), timeout, || true).await {
                 // The pooled connection was closed: that says nothing of the address.
                 Some(seen) if seen.report == Report::StaleConnection => {
-                    deliverer.attempt(&target, &push, timeout, || true).await
+                    deliverer.attempt(&target, push, timeout, || true).await
                 }
                 seen => seen,
             };

@@ -113,7 +113,7 @@ impl std::fmt::Debug for Deliverer {
 }
 
 /// What is posted.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Push {
     /// `webhook-id`
     pub id: String,
@@ -195,11 +195,12 @@ impl Deliverer {
         Target { endpoint, connector, host, idle: Mutex::new(Vec::new()) }
     }
 
-    /// Makes one attempt. `may_send` is asked right before the first byte; `None` if it says no.
+    /// Makes one attempt. `may_send` is asked right before the first byte; `None` if it says no. The body is held only
+    /// until it is written.
     pub async fn attempt(
         &self,
         target: &Arc<Target>,
-        push: &Push,
+        push: Push,
         timeout: Duration,
         may_send: impl FnOnce() -> bool,
     ) -> Option<Seen> {
@@ -226,7 +227,7 @@ impl Deliverer {
     async fn exchange(
         &self,
         target: &Target,
-        push: &Push,
+        push: Push,
         may_send: impl FnOnce() -> bool,
     ) -> Result<(Response<Incoming>, SendRequest<Full<Bytes>>), Option<Seen>> {
         let (mut sender, is_reused) = match target.take_idle() {
@@ -249,7 +250,7 @@ impl Deliverer {
         }
     }
 
-    fn request(&self, target: &Target, push: &Push) -> Result<Request<Full<Bytes>>, Report> {
+    fn request(&self, target: &Target, push: Push) -> Result<Request<Full<Bytes>>, Report> {
         let endpoint = &target.endpoint;
         let uri = endpoint.url.uri();
         let path = uri.path_and_query().map_or("/", |path| path.as_str());
@@ -261,16 +262,16 @@ impl Deliverer {
         }
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
         headers.insert(header::USER_AGENT, self.user_agent.clone());
-        headers.insert("webhook-id", text(push.id.clone())?);
         headers.insert("webhook-timestamp", HeaderValue::from(timestamp));
         if let Some(keys) = &endpoint.signing {
             headers.insert("webhook-signature", text(keys.sign(&push.id, timestamp, &push.body))?);
         }
+        headers.insert("webhook-id", text(push.id)?);
         headers.insert("h5push-attempt", HeaderValue::from(push.attempt));
         for (name, value) in &endpoint.headers {
             headers.insert(name, value.clone());
         }
-        let mut request = Request::new(Full::new(push.body.clone()));
+        let mut request = Request::new(Full::new(push.body));
         *request.method_mut() = hyper::Method::POST;
         *request.uri_mut() = path.parse().map_err(|_| Report::Io)?;
         *request.headers_mut() = headers;

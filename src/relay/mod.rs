@@ -388,7 +388,7 @@ impl Relay {
         }
         let delivered = done.verdict == Verdict::Delivered;
         if delivered {
-            metrics.messages_delivered.inc_by(u64::from(done.messages));
+            metrics.delivered(u64::from(done.messages));
             let now_ms = clock::wall_ms();
             for accepted_ms in &done.accepted_ms {
                 let seconds = now_ms.saturating_sub(*accepted_ms) as f64 / 1_000.0;

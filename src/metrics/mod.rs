@@ -1,22 +1,21 @@
 //! Every metric of contract §7: names, labels, and that known label values are there from the start at 0.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+mod endpoints;
+
+use std::sync::Arc;
 
 use prometheus::{
-    Counter, CounterVec, Encoder as _, Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge,
-    IntGaugeVec, Opts, Registry, TextEncoder,
+    Encoder as _, Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    TextEncoder,
 };
 
+pub use self::endpoints::{EndpointMetrics, EndpointNow};
+use self::endpoints::{Endpoints, Scraped};
 use crate::domain::endpoint::EndpointName;
 use crate::domain::gate::Suppressed;
-use crate::domain::outcome::{AttemptResult, DeathReason};
 
 /// The content type of the exposition, whatever was asked for.
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4";
-
-/// Endpoints beyond `metrics.max_endpoints` are counted together under this label.
-const OTHER: &str = "other";
 
 /// The path that nearly all requests are for.
 const EVENTS_PATH: &str = "/v1/events";
@@ -48,113 +47,7 @@ impl StoreMetrics {
 
     /// Counts dead letters that went for age or number.
     pub fn dead_dropped(&self, endpoint: EndpointName, count: u64) {
-        self.endpoints.of(endpoint).dead_letters_dropped.inc_by(count);
-    }
-}
-
-/// The counters and gauges of one endpoint, looked up once.
-#[derive(Clone, Debug)]
-pub struct EndpointMetrics {
-    label: String,
-    /// Attempts by result.
-    attempts: HashMap<&'static str, IntCounter>,
-    /// Messages delivered.
-    pub messages_delivered: IntCounter,
-    /// Seconds in which a lane was ready and the rate forbade it.
-    pub rate_limited_seconds: Counter,
-    /// Dead letters by reason.
-    dead_letters: HashMap<&'static str, IntCounter>,
-    /// Dead letters that went for age or number.
-    pub dead_letters_dropped: IntCounter,
-}
-
-impl EndpointMetrics {
-    /// Counts an attempt.
-    pub fn attempt(&self, result: AttemptResult) {
-        if let Some(counter) = self.attempts.get(result.as_str()) {
-            counter.inc();
-        }
-    }
-
-    /// Attempts that did not succeed.
-    #[must_use]
-    pub fn failed_attempts(&self) -> u64 {
-        let ok = AttemptResult::Ok.as_str();
-        self.attempts.iter().filter(|(result, _)| **result != ok).map(|(_, counter)| counter.get()).sum()
-    }
-
-    /// Counts dead letters.
-    pub fn died(&self, reason: DeathReason, count: u64) {
-        if let Some(counter) = self.dead_letters.get(reason.as_str()) {
-            counter.inc_by(count);
-        }
-    }
-}
-
-#[derive(Debug)]
-struct Endpoints {
-    known: Mutex<HashMap<EndpointName, Arc<EndpointMetrics>>>,
-    max: usize,
-    attempts: IntCounterVec,
-    messages_delivered: IntCounterVec,
-    rate_limited_seconds: CounterVec,
-    dead_letters_total: IntCounterVec,
-    dead_letters_dropped: IntCounterVec,
-}
-
-impl Endpoints {
-    fn of(&self, name: EndpointName) -> Arc<EndpointMetrics> {
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(metrics) = known.get(&name) {
-            return Arc::clone(metrics);
-        }
-        let label = if known.len() < self.max { name.to_string() } else { OTHER.to_owned() };
-        let metrics = Arc::new(EndpointMetrics {
-            attempts: AttemptResult::ALL
-                .iter()
-                .map(|result| (result.as_str(), self.attempts.with_label_values(&[label.as_str(), result.as_str()])))
-                .collect(),
-            messages_delivered: self.messages_delivered.with_label_values(&[&label]),
-            rate_limited_seconds: self.rate_limited_seconds.with_label_values(&[&label]),
-            dead_letters: DeathReason::ALL
-                .iter()
-                .map(|reason| {
-                    let counter = self.dead_letters_total.with_label_values(&[label.as_str(), reason.as_str()]);
-                    (reason.as_str(), counter)
-                })
-                .collect(),
-            dead_letters_dropped: self.dead_letters_dropped.with_label_values(&[&label]),
-            label,
-        });
-        known.insert(name, Arc::clone(&metrics));
-        metrics
-    }
-}
-
-/// How an endpoint stands when it is scraped.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct EndpointNow {
-    /// Its name.
-    pub name: EndpointName,
-    /// Events that wait.
-    pub events: u64,
-    /// Age of the oldest, seconds; 0 when none waits.
-    pub oldest_age_seconds: f64,
-    /// Attempts in flight.
-    pub in_flight: u32,
-    /// Whether it is up.
-    pub is_up: bool,
-    /// The contract's word for how it is.
-    pub state: &'static str,
-    /// Dead letters that are kept.
-    pub dead_letters: u64,
-}
-
-impl EndpointNow {
-    /// An endpoint for which nothing waits and nothing is in flight.
-    #[must_use]
-    pub fn idle(name: EndpointName, dead_letters: u64) -> EndpointNow {
-        EndpointNow { name, events: 0, oldest_age_seconds: 0.0, in_flight: 0, is_up: true, state: "up", dead_letters }
+        self.endpoints.of(endpoint).dead_dropped(count);
     }
 }
 
@@ -192,12 +85,7 @@ pub struct Metrics {
     pub delivery_seconds: Histogram,
     /// From the whole request to the answer.
     pub accept_seconds: Histogram,
-    outbox_events: IntGaugeVec,
     outbox_bytes: IntGauge,
-    outbox_oldest: GaugeVec,
-    in_flight: IntGaugeVec,
-    endpoint_up: IntGaugeVec,
-    dead_letters: IntGaugeVec,
     capacity_events: IntGauge,
     free_bytes: Gauge,
     free_floor_bytes: Gauge,
@@ -248,38 +136,8 @@ impl Metrics {
     pub fn new(endpoints_max: usize) -> Result<Metrics, prometheus::Error> {
         let registry = Registry::new();
         let make = Maker { registry: &registry };
-        let endpoint = &["endpoint"];
-        let endpoints = Arc::new(Endpoints {
-            known: Mutex::new(HashMap::new()),
-            max: endpoints_max,
-            attempts: make.counters(
-                "h5push_push_attempts_total",
-                "Attempts at a push, by result.",
-                &["endpoint", "result"],
-            )?,
-            messages_delivered: make.counters(
-                "h5push_messages_delivered_total",
-                "Messages whose push succeeded.",
-                endpoint,
-            )?,
-            rate_limited_seconds: make.register(CounterVec::new(
-                Opts::new(
-                    "h5push_rate_limited_seconds_total",
-                    "Seconds in which a push was ready and the endpoint's rate forbade it.",
-                ),
-                endpoint,
-            )?)?,
-            dead_letters_total: make.counters(
-                "h5push_dead_letters_total",
-                "Events given up, by reason.",
-                &["endpoint", "reason"],
-            )?,
-            dead_letters_dropped: make.counters(
-                "h5push_dead_letters_dropped_total",
-                "Dead letters that went for age or number.",
-                endpoint,
-            )?,
-        });
+        let endpoints = Arc::new(Endpoints::new(endpoints_max)?);
+        registry.register(Box::new(Scraped(Arc::clone(&endpoints))))?;
         let events = make.counters("h5push_events_total", "Events posted, by outcome.", &["outcome", "reason"])?;
         let local_requests = make.counters(
             "h5push_local_requests_total",
@@ -316,15 +174,7 @@ impl Metrics {
                 "Time from the whole request to the answer.",
                 ACCEPT_BUCKETS,
             )?,
-            outbox_events: make.gauges("h5push_outbox_events", "Events that wait.", endpoint)?,
             outbox_bytes: make.gauge("h5push_outbox_bytes", "Bytes of records that wait, about.")?,
-            outbox_oldest: make.register(GaugeVec::new(
-                Opts::new("h5push_outbox_oldest_age_seconds", "Age of the oldest event that waits; 0 when none does."),
-                endpoint,
-            )?)?,
-            in_flight: make.gauges("h5push_in_flight", "Attempts in flight.", endpoint)?,
-            endpoint_up: make.gauges("h5push_endpoint_up", "Whether the endpoint is up.", endpoint)?,
-            dead_letters: make.gauges("h5push_dead_letters", "Dead letters that are kept.", endpoint)?,
             capacity_events: make.gauge("h5push_outbox_capacity_events", "Most events that may wait.")?,
             free_bytes: make.real("h5push_store_free_bytes", "Free space of the data directory's disk.")?,
             free_floor_bytes: make
@@ -429,26 +279,7 @@ impl Metrics {
     /// # Errors
     /// The encoder's.
     pub fn expose(&self, now: &Now) -> Result<Vec<u8>, prometheus::Error> {
-        for gauge in [&self.outbox_events, &self.in_flight, &self.endpoint_up, &self.dead_letters] {
-            gauge.reset();
-        }
-        self.outbox_oldest.reset();
-        let mut up: HashMap<String, bool> = HashMap::new();
-        for endpoint in &now.endpoints {
-            let known = self.endpoints.of(endpoint.name);
-            let label = &[known.label.as_str()];
-            self.outbox_events.with_label_values(label).add(endpoint.events as i64);
-            self.in_flight.with_label_values(label).add(i64::from(endpoint.in_flight));
-            self.dead_letters.with_label_values(label).add(endpoint.dead_letters as i64);
-            let oldest = self.outbox_oldest.with_label_values(label);
-            oldest.set(oldest.get().max(endpoint.oldest_age_seconds));
-            // Of those counted together, the worst.
-            let worst = up.entry(label.first().copied().unwrap_or(OTHER).to_owned()).or_insert(true);
-            *worst &= endpoint.is_up;
-        }
-        for (label, is_up) in up {
-            self.endpoint_up.with_label_values(&[label]).set(i64::from(is_up));
-        }
+        self.endpoints.stand(&now.endpoints);
         self.outbox_bytes.set(now.outbox_bytes as i64);
         self.capacity_events.set(now.capacity_events as i64);
         self.free_bytes.set(now.free_bytes as f64);
