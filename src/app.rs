@@ -349,6 +349,7 @@ fn store_settings(config: &Config) -> store::Settings {
         is_relaying: true,
         dir: config.data_dir.clone(),
         segment_bytes: store::SEGMENT_BYTES,
+        queue_bytes_min: store::QUEUE_BYTES_MIN,
         free_min: config.min_free_disk,
         checkpoint_every: CHECKPOINT_EVERY,
         rules: rules(config),

@@ -14,7 +14,7 @@ use super::segment;
 const NAME: &str = "checkpoint";
 const NAME_BEFORE: &str = "checkpoint.before";
 /// Begins the file; the last byte is the version of the format.
-const MAGIC: [u8; 4] = [b'H', b'5', b'C', 1];
+const MAGIC: [u8; 4] = [b'H', b'5', b'C', 2];
 
 /// The state of the data directory at one place of the journal.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -26,6 +26,8 @@ pub(super) struct Checkpoint {
     /// The state log that belongs to it.
     pub state_log: u64,
     pub dead: DeadMark,
+    /// The number of the queue's directory.
+    pub queue: u64,
 }
 
 /// A segment at that place.
@@ -160,6 +162,7 @@ mod tests {
             segments: vec![SegmentMark { number: 2, live: Live::Few(vec![7]) }],
             state_log: 1,
             dead: DeadMark::default(),
+            queue: 3,
         }
     }
 

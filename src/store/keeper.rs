@@ -4,28 +4,22 @@
 //! It reads the journal's own files from where the queue's rows end, so a slow or broken sled holds up nothing: after an
 //! error sled is opened again and the rest is applied.
 
-use std::collections::{HashSet, VecDeque};
-use std::fs::File;
+use std::collections::HashSet;
 use std::io;
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
-use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
+use super::applier::{Applier, advance};
 use super::checkpoint::{Checkpoint, Live, SegmentMark};
-use super::codec::{self, Ending, Record, StateChange};
 use super::compact;
-use super::dead_letters::{DeadLetters, LetterId};
 use super::journal::SPARE;
-use super::queue::{BLOCK_EVENTS, ID_ROW, IdEntry, IndexEntry, PositionRow, Queue, QueueError};
-use super::segment::{self, Frame};
+use super::queue::{self, Queue, QueueError};
+use super::segment;
+use super::state_log::StateLog;
 use super::{Inner, Notice, Position, Snapshot, lock, recover, state};
 use crate::clock;
 use crate::domain::customer::Customer;
-use crate::domain::keys::HashKey;
-use crate::domain::schedule::Retry;
-use serde::{Deserialize, Serialize};
 
 /// Longest sleep: free space is looked at this often.
 const TICK: Duration = Duration::from_secs(1);
@@ -35,361 +29,12 @@ const GATHER: Duration = Duration::from_millis(20);
 const SNAPSHOT_LIMIT: Duration = Duration::from_secs(30);
 /// Journal bytes after which a checkpoint is due however young the last one is.
 const CHECKPOINT_BYTES: u64 = 64 << 20;
-/// State log bytes beyond which it may be written anew.
-const STATE_LOG_MIN: u64 = 16 << 20;
-/// Bytes for the state log that are gathered before they are written. What is written before the position row says so
-/// is cut off again at a start.
-const STATE_BUFFER: usize = 256 << 10;
-/// Changes of customers and names that are gathered before their rows are changed.
-const CHANGES_MAX: usize = 8_192;
 /// Buckets of customers looked through in a second for those to be forgotten: all of them in about a day.
 const SWEEP_BUCKETS: u32 = 3;
-
-/// A lane's retry state as a row.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub(super) struct RetryRow {
-    pub lane: u64,
-    pub head: u64,
-    pub retry: Retry,
-    pub due_ms: u64,
-}
-
-/// Customers and names in a log of their own, from which the queue can be rebuilt.
-#[derive(Debug)]
-pub(super) struct StateLog {
-    pub number: u64,
-    pub len: u64,
-    file: File,
-    buffer: Vec<u8>,
-    /// About how much of it is out of date, in bytes.
-    dead: u64,
-}
-
-impl StateLog {
-    pub(super) fn path(dir: &Path, number: u64) -> PathBuf {
-        dir.join(format!("state-{number}.log"))
-    }
-
-    /// Opens the log that the row names, at its length then; what is behind it will be written again.
-    pub(super) fn open(dir: &Path, at: &PositionRow) -> io::Result<StateLog> {
-        let (number, len) = (at.state_log, at.state_len);
-        let path = StateLog::path(dir, number);
-        let file = File::options().read(true).write(true).create(true).truncate(false).open(path)?;
-        file.set_len(len)?;
-        segment::sync_dir(dir)?;
-        Ok(StateLog { number, len, file, buffer: Vec::new(), dead: at.state_dead })
-    }
-
-    /// Answers how many bytes it takes.
-    fn push(&mut self, change: &StateChange) -> io::Result<usize> {
-        let before = self.buffer.len();
-        let offset = self.len + self.buffer.len() as u64;
-        let body = Record::State(change.clone()).encode();
-        codec::write_frame(&mut self.buffer, self.number, offset as u32, 0, 0, &body);
-        let bytes = self.buffer.len() - before;
-        if self.buffer.len() >= STATE_BUFFER {
-            self.write()?;
-        }
-        Ok(bytes)
-    }
-
-    fn write(&mut self) -> io::Result<()> {
-        self.file.write_all_at(&self.buffer, self.len)?;
-        self.len += self.buffer.len() as u64;
-        self.buffer.clear();
-        Ok(())
-    }
-}
-
-/// Applies the journal to the queue's rows.
-#[derive(Debug)]
-pub(super) struct Applier {
-    at: PositionRow,
-    block: Vec<IndexEntry>,
-    ids: Vec<IdEntry>,
-    /// Customers and names whose rows are yet to be changed, in the order of the journal, with their bytes in the log.
-    changes: Vec<(StateChange, usize)>,
-    /// Events that have ended and whose rows are yet to say so: sequence number, how, Unix second.
-    ended: Vec<(u64, Ending, u32)>,
-    /// The rows of idempotency keys that are kept: the first sequence number of each. Read when first needed.
-    id_rows: Option<VecDeque<(u64, u64)>>,
-    has_new_ids: bool,
-    /// Dead letters that the journal says are gone, yet to be written down.
-    gone: Vec<LetterId>,
-    pub state_log: StateLog,
-    /// State records before this are in the rows already, maybe with newer ones.
-    state_from: Position,
-    hashing: HashKey,
-    dedupe_max: u64,
-    forget_after_s: u64,
-    is_dirty: bool,
-    pub damaged: u64,
-}
-
-impl Applier {
-    /// Goes on from what the queue's rows say.
-    pub(super) fn resume(
-        queue: &Queue,
-        at: PositionRow,
-        state_log: StateLog,
-        state_from: Position,
-        settings: (HashKey, u64, u64),
-    ) -> Result<Applier, QueueError> {
-        let (hashing, dedupe_max, forget_after_s) = settings;
-        let mut block = queue.block(at.segment, 0, at.block)?.unwrap_or_default();
-        // Rows may be ahead of the position: that part is applied again.
-        block.retain(|entry| entry.offset < at.offset);
-        let mut ids = queue.ids(at.next_id / ID_ROW as u64)?.unwrap_or_default();
-        ids.truncate((at.next_id % ID_ROW as u64) as usize);
-        Ok(Applier {
-            at,
-            block,
-            ids,
-            changes: Vec::new(),
-            ended: Vec::new(),
-            id_rows: None,
-            has_new_ids: false,
-            gone: Vec::new(),
-            state_log,
-            state_from,
-            hashing,
-            dedupe_max,
-            forget_after_s,
-            is_dirty: false,
-            damaged: 0,
-        })
-    }
-
-    pub(super) fn position(&self) -> Position {
-        Position { segment: self.at.segment, offset: self.at.offset }
-    }
-
-    pub(super) fn next_id(&self) -> u64 {
-        self.at.next_id
-    }
-
-    /// Applies a stretch of one segment that is known to be synced, but for the last changes of customers and names
-    /// ([`Applier::change_rows`]). `progress` hears up to where all is in the rows.
-    pub(super) fn apply(
-        &mut self,
-        queue: &Queue,
-        file: &File,
-        (segment, to): (u64, u32),
-        mut progress: impl FnMut(Position),
-    ) -> Result<(), QueueError> {
-        if segment != self.at.segment {
-            self.end_block(queue)?;
-            self.at = PositionRow { segment, offset: 0, block: 0, ..self.at };
-        }
-        if to <= self.at.offset {
-            return Ok(());
-        }
-        let mut result = Ok(());
-        let scan = segment::scan_synced(file, segment, self.at.offset, to, |frame| {
-            if result.is_ok() && self.changes.len().max(self.ended.len()) >= CHANGES_MAX {
-                self.at.offset = frame.header.offset;
-                result = self.change_rows(queue);
-                progress(self.position());
-            }
-            if result.is_ok() {
-                result = self.apply_frame(queue, frame);
-            }
-        })?;
-        result?;
-        self.damaged += scan.damaged.len() as u64;
-        self.at.offset = to;
-        self.is_dirty = true;
-        Ok(())
-    }
-
-    /// Changes the rows of customers and names. They are gone through in their own order, so that each of sled's pages
-    /// is read once for many of them.
-    pub(super) fn change_rows(&mut self, queue: &Queue) -> Result<(), QueueError> {
-        let mut changes = std::mem::take(&mut self.changes);
-        changes.sort_by_cached_key(|(change, _)| state::place(&self.hashing, change));
-        let (now_s, forget_after_s) = (clock::wall_ms() / 1_000, self.forget_after_s);
-        let is_forgotten = |other: &Customer| other.is_forgotten(now_s, forget_after_s);
-        for (change, bytes) in &changes {
-            // What it replaces was about as long.
-            let gone = state::apply(queue, &self.hashing, change, is_forgotten)?;
-            self.state_log.dead += (gone * bytes) as u64;
-        }
-        self.end_events(queue)?;
-        if self.has_new_ids && !self.ids.is_empty() {
-            queue.put_ids(self.at.next_id / ID_ROW as u64, &self.ids)?;
-        }
-        self.has_new_ids = false;
-        Ok(())
-    }
-
-    /// Says in the rows of idempotency keys what became of events. Those are in the order of the events.
-    fn end_events(&mut self, queue: &Queue) -> Result<(), QueueError> {
-        let mut ended = std::mem::take(&mut self.ended);
-        if ended.is_empty() {
-            return Ok(());
-        }
-        ended.sort_unstable_by_key(|(seq, ..)| *seq);
-        let current = self.at.next_id / ID_ROW as u64;
-        if self.id_rows.is_none() {
-            let mut rows = VecDeque::new();
-            for row in current.saturating_sub(self.rows_kept())..current {
-                rows.extend(queue.ids(row)?.and_then(|entries| Some((entries.first()?.seq, row))));
-            }
-            rows.extend(self.ids.first().map(|entry| (entry.seq, current)));
-            self.id_rows = Some(rows);
-        }
-        let Some(rows) = &self.id_rows else { return Ok(()) };
-        let row_of = |seq: u64| {
-            let after = rows.partition_point(|(first, _)| *first <= seq);
-            rows.get(after.checked_sub(1)?).map(|(_, row)| *row)
-        };
-        let mut open: Option<(u64, Vec<IdEntry>)> = None;
-        for (seq, ending, second) in ended {
-            let Some(row) = row_of(seq) else { continue };
-            if row == current {
-                end_in(&mut self.ids, seq, ending, second);
-                self.has_new_ids = true;
-                continue;
-            }
-            if open.as_ref().is_none_or(|(number, _)| *number != row) {
-                if let Some((number, entries)) = open.take() {
-                    queue.put_ids(number, &entries)?;
-                }
-                open = queue.ids(row)?.map(|entries| (row, entries));
-            }
-            if let Some((_, entries)) = &mut open {
-                end_in(entries, seq, ending, second);
-            }
-        }
-        match open {
-            Some((number, entries)) => queue.put_ids(number, &entries),
-            None => Ok(()),
-        }
-    }
-
-    fn rows_kept(&self) -> u64 {
-        self.dedupe_max / ID_ROW as u64 + 1
-    }
-
-    /// Writes down what the journal says is gone of dead letters.
-    pub(super) fn write_gone(&mut self, dead: &mut DeadLetters) -> io::Result<()> {
-        dead.write_gone(&self.gone)?;
-        self.gone.clear();
-        Ok(())
-    }
-
-    fn apply_frame(&mut self, queue: &Queue, frame: &Frame) -> Result<(), QueueError> {
-        match Record::decode(frame.body()) {
-            Some(Record::Accepted(event)) => {
-                let second = (event.accepted_ms / 1_000) as u32;
-                self.block.push(IndexEntry {
-                    seq: frame.header.seq,
-                    lane: event.lane.0,
-                    endpoint: event.endpoint.number(),
-                    offset: frame.header.offset,
-                    second,
-                    len: frame.header.frame_len() as u32,
-                });
-                if self.block.len() == BLOCK_EVENTS {
-                    self.end_block(queue)?;
-                    self.at.block += 1;
-                }
-                let seq = frame.header.seq;
-                self.push_id(queue, IdEntry { key: event.key.to_le_bytes(), second, seq, ended: None })
-            }
-            Some(Record::Settled(settled)) => {
-                self.ended.extend(settled.seqs.iter().map(|seq| (*seq, settled.ending, settled.second)));
-                if settled.retry_is_over { queue.remove_retry(settled.lane.0) } else { Ok(()) }
-            }
-            Some(Record::Gone(letters)) => {
-                self.gone.extend(letters);
-                Ok(())
-            }
-            Some(Record::Deferred(deferred)) => {
-                let (lane, head, retry, due_ms) = (deferred.lane.0, deferred.head, deferred.retry, deferred.due_ms);
-                queue.put_retry(lane, &RetryRow { lane, head, retry, due_ms })
-            }
-            Some(Record::State(change)) => {
-                let here = Position { segment: self.at.segment, offset: frame.header.offset };
-                if here < self.state_from {
-                    return Ok(());
-                }
-                let bytes = self.state_log.push(&change)?;
-                self.changes.push((change, bytes));
-                Ok(())
-            }
-            Some(Record::Opened(_) | Record::Sealed { .. } | Record::Dead(_)) => Ok(()),
-            None => {
-                self.damaged += 1;
-                Ok(())
-            }
-        }
-    }
-
-    fn push_id(&mut self, queue: &Queue, entry: IdEntry) -> Result<(), QueueError> {
-        let row = self.at.next_id / ID_ROW as u64;
-        if let (true, Some(rows)) = (self.ids.is_empty(), &mut self.id_rows) {
-            rows.push_back((entry.seq, row));
-        }
-        self.ids.push(entry);
-        self.has_new_ids = true;
-        self.at.next_id += 1;
-        if self.ids.len() >= ID_ROW {
-            queue.put_ids(row, &self.ids)?;
-            self.ids.clear();
-            if let Some(old) = row.checked_sub(self.rows_kept()) {
-                queue.remove_ids(old)?;
-                if let Some(rows) = &mut self.id_rows {
-                    while rows.front().is_some_and(|(_, row)| *row <= old) {
-                        rows.pop_front();
-                    }
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn end_block(&mut self, queue: &Queue) -> Result<(), QueueError> {
-        if !self.block.is_empty() {
-            queue.put_block(self.at.segment, 0, self.at.block, &self.block)?;
-            self.block.clear();
-        }
-        Ok(())
-    }
-
-    /// Writes the rows that are being filled, and up to where the journal is applied, last.
-    pub(super) fn commit(&mut self, queue: &Queue) -> Result<(), QueueError> {
-        // What is gone of dead letters is not in rows of sled's: the position never gets ahead of it.
-        if !self.is_dirty || !self.gone.is_empty() {
-            return Ok(());
-        }
-        self.change_rows(queue)?;
-        if !self.block.is_empty() {
-            queue.put_block(self.at.segment, 0, self.at.block, &self.block)?;
-        }
-        self.state_log.write()?;
-        self.at.state_log = self.state_log.number;
-        self.at.state_len = self.state_log.len;
-        self.at.state_dead = self.state_log.dead;
-        queue.put_position(&self.at)?;
-        self.is_dirty = false;
-        Ok(())
-    }
-
-    /// Writes the state log anew from the rows, when it has become much longer than needed.
-    fn renew_state_log(&mut self, queue: &Queue, dir: &Path) -> Result<(), QueueError> {
-        if self.state_log.len < STATE_LOG_MIN || 2 * self.state_log.dead < self.state_log.len {
-            return Ok(());
-        }
-        let at = PositionRow { state_log: self.state_log.number + 1, state_len: 0, state_dead: 0, ..self.at };
-        let mut new = StateLog::open(dir, &at)?;
-        state::dump(queue, |change| new.push(&change).map(drop))?;
-        new.write()?;
-        self.state_log = new;
-        self.is_dirty = true;
-        Ok(())
-    }
-}
+/// Rows of the queue that are copied at a time: a few milliseconds.
+const COPY_ROWS: usize = 500;
+/// The queue's file is copied when it is so many times what its rows should take. sled's own share is less than half.
+const COPY_RATIO: u64 = 4;
 
 /// The keeper's thread.
 pub(super) struct Keeper<'a> {
@@ -400,13 +45,26 @@ pub(super) struct Keeper<'a> {
     last_at: Duration,
     swept: u32,
     removed_logs: u64,
+    /// The queue that was copied, until a checkpoint names the copy.
+    copied: Option<Arc<Queue>>,
+    /// Bytes of the queue's file after it was copied last.
+    copied_bytes: u64,
 }
 
 impl<'a> Keeper<'a> {
     pub(super) fn new(inner: &'a Inner, applier: Applier) -> Keeper<'a> {
         let removed_logs = applier.state_log.number;
         let last_at = clock::monotonic();
-        Keeper { inner, applier: Some(applier), last: Position::default(), last_at, swept: 0, removed_logs }
+        Keeper {
+            inner,
+            applier: Some(applier),
+            last: Position::default(),
+            last_at,
+            swept: 0,
+            removed_logs,
+            copied: None,
+            copied_bytes: 0,
+        }
     }
 
     /// Works until the end, and takes a last checkpoint then.
@@ -423,7 +81,9 @@ impl<'a> Keeper<'a> {
             if now.saturating_sub(ticked) >= TICK {
                 ticked = now;
                 self.tick();
+                self.begin_copy();
             }
+            let is_copying = self.copy_some();
             if is_ending || self.is_due(durable, now) {
                 self.last_at = now;
                 if let Err(error) = self.checkpoint() {
@@ -437,7 +97,9 @@ impl<'a> Keeper<'a> {
             if is_ending {
                 return;
             }
-            self.wait_for_more(durable);
+            if !is_copying {
+                self.wait_for_more(durable);
+            }
             // Groups come by the thousand; what waits here only waits for its rows.
             if !self.inner.is_ending.load(Ordering::SeqCst) {
                 std::thread::sleep(GATHER);
@@ -499,7 +161,65 @@ impl<'a> Keeper<'a> {
             || (durable.segment == self.last.segment
                 && u64::from(durable.offset - self.last.offset.min(durable.offset)) > CHECKPOINT_BYTES);
         let is_old = now.saturating_sub(self.last_at) >= self.inner.settings.checkpoint_every;
-        self.applier.is_some() && (far || is_old) && lock(&self.inner.writer).end() != self.last
+        let is_new = self.copied.is_some() || lock(&self.inner.writer).end() != self.last;
+        self.applier.is_some() && (far || is_old) && is_new
+    }
+
+    /// Begins to copy the queue's rows when its file has become much larger than what is in it: sled never shrinks it.
+    fn begin_copy(&mut self) {
+        let inner = self.inner;
+        let (Some(queue), Some(applier), None) = (inner.queue(), &self.applier, &self.copied) else { return };
+        let bytes = queue.file_bytes();
+        let waiting = lock(&inner.admission).waiting();
+        let is_large = bytes >= inner.settings.queue_bytes_min.max(2 * self.copied_bytes);
+        let is_empty = applier.row_bytes(waiting) * COPY_RATIO < bytes;
+        let has_room = inner.free_bytes.load(Ordering::Relaxed) > inner.settings.free_min.saturating_add(bytes);
+        if queue.is_copying() || !is_large || !is_empty || !has_room {
+            return;
+        }
+        if let Err(error) = queue.begin_copy(&inner.settings.dir) {
+            self.copied_bytes = bytes;
+            inner.failed("queue", &error);
+        }
+    }
+
+    /// Copies some more, and changes over to the copy when it is whole. Says whether there is more to copy.
+    fn copy_some(&mut self) -> bool {
+        let inner = self.inner;
+        let Some(queue) = inner.queue().filter(|queue| queue.is_copying()) else { return false };
+        match queue.copy_some(&inner.settings.dir, COPY_ROWS) {
+            Ok(None) => queue.is_copying(),
+            Ok(Some(copy)) => {
+                let (before, after) = (queue.file_bytes(), copy.file_bytes());
+                tracing::info!(before, after, "copied the queue into a smaller file");
+                self.copied_bytes = after;
+                inner.queue_number.store(copy.number(), Ordering::Relaxed);
+                *inner.queue.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(copy));
+                self.copied = Some(queue);
+                false
+            }
+            Err(error) => {
+                self.copied_bytes = queue.file_bytes();
+                inner.failed("queue", &error);
+                false
+            }
+        }
+    }
+
+    /// Removes the queue that was copied, once a checkpoint names the copy and nobody reads it any more.
+    fn remove_copied(&mut self) -> io::Result<()> {
+        match self.copied.take() {
+            Some(queue) if Arc::strong_count(&queue) > 1 => {
+                self.copied = Some(queue);
+                Ok(())
+            }
+            Some(queue) => {
+                drop(queue);
+                let number = self.inner.queue_number.load(Ordering::Relaxed);
+                queue::remove_others(&self.inner.settings.dir, number)
+            }
+            None => Ok(()),
+        }
     }
 
     /// Everything that is done once a second.
@@ -532,11 +252,11 @@ impl<'a> Keeper<'a> {
             Err(error) => inner.failed("expire", &error),
         }
         if let (Some(queue), Some(applier)) = (inner.queue(), self.applier.as_mut()) {
-            let (now_s, forget_after_s) = (clock::wall_ms() / 1_000, applier.forget_after_s);
+            let (now_s, forget_after_s) = (clock::wall_ms() / 1_000, inner.settings.rules.forget_after_s);
             let is_forgotten = |customer: &Customer| customer.is_forgotten(now_s, forget_after_s);
             let mut swept = applier.commit(&queue).and_then(|()| queue.expire_nonces(now_s));
             for _ in 0..SWEEP_BUCKETS {
-                swept = swept.and_then(|()| state::sweep(&queue, &applier.hashing, self.swept, is_forgotten));
+                swept = swept.and_then(|()| state::sweep(&queue, &inner.hashing(), self.swept, is_forgotten));
                 self.swept = (self.swept + 1) % state::BUCKETS;
             }
             if let Err(error) = swept {
@@ -604,6 +324,7 @@ impl<'a> Keeper<'a> {
             segments,
             state_log: applier.state_log.number,
             dead: lock(&inner.dead).mark(),
+            queue: queue.number(),
         };
         checkpoint.write(&inner.settings.dir)?;
         self.last = end.0;
@@ -612,6 +333,7 @@ impl<'a> Keeper<'a> {
             drop(std::fs::remove_file(StateLog::path(&inner.settings.dir, number)));
         }
         self.removed_logs = checkpoint.state_log;
+        self.remove_copied()?;
         compact::compact(inner, &queue, &snapshot, &freed.iter().copied().collect())?;
         Ok(())
     }
@@ -644,46 +366,6 @@ fn ask_snapshot(inner: &Inner) -> Option<Snapshot> {
     let (tell, told) = std::sync::mpsc::channel();
     inner.notices.blocking_send(Notice::Snapshot(tell)).ok()?;
     told.recv_timeout(SNAPSHOT_LIMIT).ok()
-}
-
-/// Applies the journal up to a place that is durable.
-pub(super) fn advance(inner: &Inner, applier: &mut Applier, queue: &Queue, to: Position) -> Result<(), QueueError> {
-    while applier.position() < to {
-        let (file, segment, end) = {
-            let segments = inner.segments.read().unwrap_or_else(PoisonError::into_inner);
-            let at = applier.position();
-            let current = segments.by_number(at.segment).filter(|_| {
-                let end = segments.ends.get(&at.segment).copied();
-                end.is_none_or(|end| at.offset < end) || at.segment == to.segment
-            });
-            let number = match current {
-                Some(_) => at.segment,
-                // Complete, or gone.
-                None => match segments.next_number(at.segment) {
-                    Some(next) if next <= to.segment => next,
-                    _ => break,
-                },
-            };
-            let Some(file) = segments.by_number(number) else { break };
-            let end =
-                if number == to.segment { to.offset } else { segments.ends.get(&number).copied().unwrap_or(to.offset) };
-            (file.file.clone(), number, end)
-        };
-        let before = applier.position();
-        applier.apply(queue, &file, (segment, end), |position| lock(&inner.admission).applied(position))?;
-        if applier.position() == before {
-            break;
-        }
-    }
-    applier.change_rows(queue)
-}
-
-fn end_in(entries: &mut [IdEntry], seq: u64, ending: Ending, second: u32) {
-    if let Ok(at) = entries.binary_search_by_key(&seq, |entry| entry.seq)
-        && let Some(entry) = entries.get_mut(at)
-    {
-        entry.ended = Some((ending, second));
-    }
 }
 
 /// Segments that a checkpoint has freed.

@@ -17,6 +17,7 @@
 //! where it is fast and a future where it waits for the disk.
 
 mod admission;
+mod applier;
 mod checkpoint;
 mod codec;
 mod compact;
@@ -38,6 +39,7 @@ mod recover;
 mod segment;
 mod segments;
 mod state;
+mod state_log;
 mod verify;
 mod writer;
 
@@ -84,6 +86,8 @@ pub struct Settings {
     pub free_min: u64,
     /// Longest time between checkpoints while there is work.
     pub checkpoint_every: Duration,
+    /// Size from which the queue's file may be copied into a smaller one, bytes.
+    pub queue_bytes_min: u64,
     /// What the gate goes by.
     pub rules: Rules,
     /// `dead_letters.keep`, seconds.
@@ -94,6 +98,8 @@ pub struct Settings {
 
 /// A complete segment's size unless told otherwise.
 pub const SEGMENT_BYTES: u32 = 64 << 20;
+/// Size from which the queue's file may be copied into a smaller one unless told otherwise.
+pub const QUEUE_BYTES_MIN: u64 = 128 << 20;
 
 /// A place in the journal.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -123,6 +129,8 @@ struct Inner {
     durable: Mutex<Position>,
     durable_moved: Condvar,
     queue: RwLock<Option<Arc<Queue>>>,
+    /// Which directory of the queue's is in use.
+    queue_number: AtomicU64,
     dead: Mutex<DeadLetters>,
     /// Held by the request whose turn it is to wait for the queue's rows.
     rows_turn: tokio::sync::Mutex<()>,

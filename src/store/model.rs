@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use tokio::sync::mpsc;
 
+use super::queue;
 use super::*;
 use crate::domain::customer::{Hearing, NameKind};
 use crate::domain::endpoint::Plugin;
@@ -22,6 +23,7 @@ pub(super) fn settings(dir: &std::path::Path) -> Settings {
         is_relaying: true,
         dir: dir.to_owned(),
         segment_bytes: 24 << 10,
+        queue_bytes_min: 64 << 10,
         free_min: 0,
         checkpoint_every: Duration::from_millis(20),
         rules: Rules {
@@ -350,7 +352,7 @@ impl Play {
 
 #[test]
 fn the_store_agrees_with_a_model_over_crashes_stops_checkpoints_and_compactions() {
-    let (mut compactions, mut removals, mut restarts) = (0, 0, 0);
+    let (mut compactions, mut removals, mut restarts, mut copies) = (0, 0, 0, 0);
     for seed in 0..12 {
         println!("seed {seed}");
         let dir = tempfile::tempdir().unwrap();
@@ -362,7 +364,8 @@ fn the_store_agrees_with_a_model_over_crashes_stops_checkpoints_and_compactions(
         assert_eq!(waiting(&play.schedule, &store), play.model);
         compactions += play.compactions;
         removals += play.removals;
+        copies += queue::highest(dir.path());
     }
-    println!("{restarts} restarts, {removals} segments removed, {compactions} compacted");
-    assert!(restarts > 20 && removals > 20 && compactions > 0);
+    println!("{restarts} restarts, {removals} segments removed, {compactions} compacted, {copies} copies of the queue");
+    assert!(restarts > 20 && removals > 20 && compactions > 0 && copies > 0);
 }

@@ -10,21 +10,23 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 
 use super::admission::Admission;
+use super::applier::{self, Applier, RetryRow};
 use super::checkpoint::{Checkpoint, Live};
 use super::codec::{Record, StateChange};
 use super::dead_letters::{DeadLetters, DeadMark};
 use super::ids::Ids;
 use super::journal::{SegmentFile, Writer};
-use super::keeper::{self, Applier, Keeper, RetryRow, StateLog};
-use super::queue::{BLOCK_EVENTS, ID_ROW, IndexEntry, PositionRow, Queue, QueueError};
+use super::keeper::Keeper;
+use super::queue::{self, BLOCK_EVENTS, ID_ROW, IndexEntry, PositionRow, Queue, QueueError};
 use super::segment::{self, Frame};
+use super::state_log::StateLog;
 use super::{Inner, Notice, Position, SEGMENT_BYTES, Segments, Settings, Store, Threads, state};
 use crate::clock;
 use crate::domain::backlog::{Handle, first_seq};
@@ -200,6 +202,7 @@ impl Store {
             segments: RwLock::new(segments),
             durable: Mutex::new(applier.position()),
             durable_moved: Condvar::new(),
+            queue_number: AtomicU64::new(queue.number()),
             queue: RwLock::new(Some(queue)),
             dead: Mutex::new(dead),
             rows_turn: tokio::sync::Mutex::default(),
@@ -340,10 +343,14 @@ impl Opening<'_> {
 
     /// Opens sled, or builds it anew, and brings its rows up to the end of the journal.
     fn open_queue(&self) -> Result<(Arc<Queue>, Applier), OpenError> {
-        let dir = self.settings.dir.join("queue");
+        let named = self.checkpoint.as_ref().map(|checkpoint| checkpoint.queue);
+        let number = named.unwrap_or_else(|| queue::highest(&self.settings.dir));
+        queue::remove_others(&self.settings.dir, number)
+            .map_err(|error| OpenError::Io { path: self.settings.dir.clone(), error })?;
+        let dir = queue::path(&self.settings.dir, number);
         let needed = self.checkpoint.as_ref().map(|checkpoint| checkpoint.position);
         if dir.exists() {
-            match self.try_queue(&dir, needed) {
+            match self.try_queue(number, needed) {
                 Ok(opened) => return Ok(opened),
                 // Nothing is wrong with it.
                 Err(error) if error.is_no_space() => return Err(OpenError::Queue(error.to_string())),
@@ -358,11 +365,11 @@ impl Opening<'_> {
             tracing::error!("the queue is missing and built anew from the journal");
             self.metrics.damaged("queue", 1);
         }
-        self.build_queue(&dir).map_err(|error| OpenError::Queue(error.to_string()))
+        self.build_queue(number).map_err(|error| OpenError::Queue(error.to_string()))
     }
 
-    fn try_queue(&self, dir: &Path, needed: Option<Position>) -> Result<(Arc<Queue>, Applier), QueueError> {
-        let queue = Queue::open(dir)?;
+    fn try_queue(&self, number: u64, needed: Option<Position>) -> Result<(Arc<Queue>, Applier), QueueError> {
+        let queue = Queue::open(&self.settings.dir, number)?;
         let row = queue.position()?;
         let at = row.unwrap_or_default();
         let here = Position { segment: at.segment, offset: at.offset };
@@ -375,8 +382,8 @@ impl Opening<'_> {
         Ok((Arc::new(queue), applier))
     }
 
-    fn build_queue(&self, dir: &Path) -> Result<(Arc<Queue>, Applier), QueueError> {
-        let queue = Queue::open(dir)?;
+    fn build_queue(&self, number: u64) -> Result<(Arc<Queue>, Applier), QueueError> {
+        let queue = Queue::open(&self.settings.dir, number)?;
         let (number, from) =
             self.checkpoint.as_ref().map_or((0, Position::default()), |found| (found.state_log, found.position));
         let path = StateLog::path(&self.settings.dir, number);
@@ -650,15 +657,14 @@ fn apply_change(queue: &Queue, hashing: &HashKey, change: &StateChange) -> Resul
 
 /// After an error of sled's while running: opens it again, or builds it anew, up to what is durable.
 pub(super) fn reopen_queue(inner: &Inner) -> Result<(Arc<Queue>, Applier), QueueError> {
-    let dir = inner.settings.dir.join("queue");
     let rules = &inner.settings.rules;
     let settings = (inner.hashing(), rules.dedupe_max as u64, rules.forget_after_s);
-    let queue = Queue::open(&dir)?;
+    let queue = Queue::open(&inner.settings.dir, inner.queue_number.load(Ordering::Relaxed))?;
     let at = queue.position()?.unwrap_or_default();
     let state_log = StateLog::open(&inner.settings.dir, &at)?;
     let mut applier = Applier::resume(&queue, at, state_log, Position::default(), settings)?;
     let durable = *inner.durable.lock().unwrap_or_else(PoisonError::into_inner);
-    keeper::advance(inner, &mut applier, &queue, durable)?;
+    applier::advance(inner, &mut applier, &queue, durable)?;
     applier.commit(&queue)?;
     Ok((Arc::new(queue), applier))
 }

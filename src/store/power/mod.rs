@@ -299,6 +299,8 @@ fn nothing_acknowledged_is_lost_by_a_power_cut_after_any_step() {
         let steps = steps(&std::fs::read(&log).unwrap());
         let told = steps.iter().filter(|step| matches!(step, Step::Told { .. })).count();
         assert!(told > STEPS && steps.len() > 2 * told, "{} steps, {told} of them words", steps.len());
+        let copies = steps.iter().filter(|step| matches!(step, Step::MakeDir(path) if path.ends_with("queue-1")));
+        assert!(copies.count() > 0, "the queue was not copied");
         let mut rng = fastrand::Rng::with_seed(seed);
         let cuts: Vec<usize> = match variable("H5PUSH_POWER_CUTS").as_deref() {
             Some("all") => (1..=steps.len()).collect(),

@@ -14,15 +14,23 @@
 //! | `d` row | idempotency keys |
 //! | `r` lane | what the head of a lane waits with |
 
+mod blocks;
+mod copy;
+
 use std::any::Any;
 use std::cell::Cell;
 use std::fs::File;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::Path;
-use std::sync::mpsc;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, mpsc};
 use std::time::Duration;
 
+pub(in crate::store) use self::blocks::{BLOCK_EVENTS, IndexEntry};
+use self::blocks::{pack, unpack};
+use self::copy::Copying;
+pub(in crate::store) use self::copy::{highest, remove_others};
 use super::codec::Ending;
+use super::{lock, segment};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -30,10 +38,8 @@ use serde::{Deserialize, Serialize};
 const ROW_MAX: usize = 4_096;
 /// Bytes of entries that a bucket's page is filled with before the next is begun.
 const PAGE_FILL: usize = 3_500;
-/// Events of an index row.
-pub(super) const BLOCK_EVENTS: usize = 128;
 /// Idempotency keys of a row.
-pub(super) const ID_ROW: usize = 100;
+pub(in crate::store) const ID_ROW: usize = 100;
 /// Rows that one call drops.
 const NONCES_EXPIRED_AT_ONCE: usize = 1_000;
 /// sled's page cache. Rows are read at start and when a customer is not in our own cache.
@@ -45,7 +51,7 @@ const OPEN_TRIES: u32 = 20;
 
 /// What can be wrong with sled.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum QueueError {
+pub(in crate::store) enum QueueError {
     /// An error of sled's own. The rows are as they were, as far as sled knows.
     #[error("sled: {0}")]
     Sled(#[from] sled::Error),
@@ -65,7 +71,7 @@ pub(super) enum QueueError {
 
 impl QueueError {
     /// Whether it is only for want of space.
-    pub(super) fn is_no_space(&self) -> bool {
+    pub(in crate::store) fn is_no_space(&self) -> bool {
         let is_full = |error: &std::io::Error| error.kind() == std::io::ErrorKind::StorageFull;
         match self {
             QueueError::Sled(sled::Error::Io(error)) | QueueError::Sync(error) => is_full(error),
@@ -97,14 +103,21 @@ fn text_of(panic: &(dyn Any + Send)) -> String {
 }
 
 /// The open queue directory.
-pub(super) struct Queue {
+pub(in crate::store) struct Queue {
+    number: u64,
     db: sled::Db,
     file: File,
+    copying: Mutex<Option<Box<Copying>>>,
+}
+
+/// The directory of a number below the data directory. Numbers count how often the rows were copied into a new one.
+pub(in crate::store) fn path(dir: &Path, number: u64) -> PathBuf {
+    if number == 0 { dir.join("queue") } else { dir.join(format!("queue-{number}")) }
 }
 
 /// Up to where the journal is applied.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct PositionRow {
+pub(in crate::store) struct PositionRow {
     pub segment: u64,
     pub offset: u32,
     /// The state log that goes with it, and its length then.
@@ -118,20 +131,9 @@ pub(super) struct PositionRow {
     pub block: u32,
 }
 
-/// One event in an index row.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct IndexEntry {
-    pub seq: u64,
-    pub lane: u64,
-    pub endpoint: u64,
-    pub offset: u32,
-    pub second: u32,
-    pub len: u32,
-}
-
 /// One idempotency key in its row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct IdEntry {
+pub(in crate::store) struct IdEntry {
     pub key: [u8; 16],
     pub second: u32,
     /// The event's sequence number.
@@ -141,10 +143,11 @@ pub(super) struct IdEntry {
 }
 
 impl Queue {
-    /// Opens or creates the directory.
-    pub(super) fn open(dir: &Path) -> Result<Queue, QueueError> {
+    /// Opens or creates the directory of that number.
+    pub(in crate::store) fn open(dir: &Path, number: u64) -> Result<Queue, QueueError> {
         let (tell, told) = mpsc::channel();
-        let path = dir.to_owned();
+        let dir = path(dir, number);
+        let path = dir.clone();
         // On a thread of its own: a damaged file can make sled hang.
         std::thread::Builder::new().name("sled-open".into()).spawn(move || {
             // Nobody listens any more when it hung and came back after all.
@@ -152,11 +155,16 @@ impl Queue {
         })?;
         let db = told.recv_timeout(OPEN_LIMIT).map_err(|_| QueueError::Hung)??;
         let file = File::open(dir.join("db"))?;
-        Ok(Queue { db, file })
+        Ok(Queue { number, db, file, copying: Mutex::new(None) })
+    }
+
+    /// How often the rows were copied.
+    pub(in crate::store) fn number(&self) -> u64 {
+        self.number
     }
 
     /// Makes all that was inserted durable.
-    pub(super) fn flush(&self) -> Result<(), QueueError> {
+    pub(in crate::store) fn flush(&self) -> Result<(), QueueError> {
         guarded(|| {
             self.db.flush()?;
             Ok(())
@@ -175,28 +183,27 @@ impl Queue {
     fn put_row<T: Serialize>(&self, key: &[u8], value: &T) -> Result<(), QueueError> {
         let row = postcard::to_stdvec(value).map_err(|_| QueueError::Damaged("unwritable row"))?;
         debug_assert!(row.len() <= ROW_MAX, "a row of {} bytes", row.len());
-        guarded(|| {
-            self.db.insert(key, row)?;
-            Ok(())
-        })
+        guarded(|| Ok(self.db.insert(key, row.as_slice())?))?;
+        self.also_in_copy(key, Some(&row));
+        Ok(())
     }
 
-    fn remove_row(&self, key: &[u8]) -> Result<(), QueueError> {
-        guarded(|| {
-            self.db.remove(key)?;
-            Ok(())
-        })
+    /// Says whether there was one.
+    fn remove_row(&self, key: &[u8]) -> Result<bool, QueueError> {
+        let had = guarded(|| Ok(self.db.remove(key)?.is_some()))?;
+        self.also_in_copy(key, None);
+        Ok(had)
     }
 
-    pub(super) fn position(&self) -> Result<Option<PositionRow>, QueueError> {
+    pub(in crate::store) fn position(&self) -> Result<Option<PositionRow>, QueueError> {
         self.get_row(b"p", "position")
     }
 
-    pub(super) fn put_position(&self, row: &PositionRow) -> Result<(), QueueError> {
+    pub(in crate::store) fn put_position(&self, row: &PositionRow) -> Result<(), QueueError> {
         self.put_row(b"p", row)
     }
 
-    pub(super) fn block(
+    pub(in crate::store) fn block(
         &self,
         segment: u64,
         generation: u32,
@@ -206,7 +213,7 @@ impl Queue {
         packed.map(|packed| unpack(&packed).ok_or(QueueError::Damaged("index"))).transpose()
     }
 
-    pub(super) fn put_block(
+    pub(in crate::store) fn put_block(
         &self,
         segment: u64,
         generation: u32,
@@ -217,39 +224,37 @@ impl Queue {
     }
 
     /// Drops a segment's index rows.
-    pub(super) fn remove_blocks(&self, segment: u64, generation: u32) -> Result<(), QueueError> {
+    pub(in crate::store) fn remove_blocks(&self, segment: u64, generation: u32) -> Result<(), QueueError> {
         for block in 0.. {
-            let key = block_key(segment, generation, block);
-            let had = guarded(|| Ok(self.db.remove(key)?))?;
-            if had.is_none() {
+            if !self.remove_row(&block_key(segment, generation, block))? {
                 break;
             }
         }
         Ok(())
     }
 
-    pub(super) fn ids(&self, row: u64) -> Result<Option<Vec<IdEntry>>, QueueError> {
+    pub(in crate::store) fn ids(&self, row: u64) -> Result<Option<Vec<IdEntry>>, QueueError> {
         self.get_row(&numbered(b'd', row), "idempotency keys")
     }
 
-    pub(super) fn put_ids(&self, row: u64, entries: &[IdEntry]) -> Result<(), QueueError> {
+    pub(in crate::store) fn put_ids(&self, row: u64, entries: &[IdEntry]) -> Result<(), QueueError> {
         self.put_row(&numbered(b'd', row), &entries)
     }
 
-    pub(super) fn remove_ids(&self, row: u64) -> Result<(), QueueError> {
-        self.remove_row(&numbered(b'd', row))
+    pub(in crate::store) fn remove_ids(&self, row: u64) -> Result<(), QueueError> {
+        self.remove_row(&numbered(b'd', row)).map(drop)
     }
 
-    pub(super) fn put_retry<T: Serialize>(&self, lane: u64, retry: &T) -> Result<(), QueueError> {
+    pub(in crate::store) fn put_retry<T: Serialize>(&self, lane: u64, retry: &T) -> Result<(), QueueError> {
         self.put_row(&numbered(b'r', lane), retry)
     }
 
-    pub(super) fn remove_retry(&self, lane: u64) -> Result<(), QueueError> {
-        self.remove_row(&numbered(b'r', lane))
+    pub(in crate::store) fn remove_retry(&self, lane: u64) -> Result<(), QueueError> {
+        self.remove_row(&numbered(b'r', lane)).map(drop)
     }
 
     /// Every lane that waits after a failure. At start only.
-    pub(super) fn retries<T: DeserializeOwned>(&self) -> Result<Vec<T>, QueueError> {
+    pub(in crate::store) fn retries<T: DeserializeOwned>(&self) -> Result<Vec<T>, QueueError> {
         guarded(|| {
             let mut all = Vec::new();
             for row in self.db.scan_prefix(b"r") {
@@ -260,16 +265,16 @@ impl Queue {
         })
     }
 
-    pub(super) fn put_setting(&self, key: &str, value: Option<&str>) -> Result<(), QueueError> {
+    pub(in crate::store) fn put_setting(&self, key: &str, value: Option<&str>) -> Result<(), QueueError> {
         let row = [b"s", key.as_bytes()].concat();
         match value {
             Some(value) => self.put_row(&row, &value),
-            None => self.remove_row(&row),
+            None => self.remove_row(&row).map(drop),
         }
     }
 
     /// Every setting.
-    pub(super) fn settings(&self) -> Result<Vec<(String, String)>, QueueError> {
+    pub(in crate::store) fn settings(&self) -> Result<Vec<(String, String)>, QueueError> {
         guarded(|| {
             let mut all = Vec::new();
             for row in self.db.scan_prefix(b"s") {
@@ -284,24 +289,21 @@ impl Queue {
     }
 
     /// Nonces are ordered by when they may be forgotten.
-    pub(super) fn put_nonce(&self, key: u128, until_s: u64) -> Result<(), QueueError> {
+    pub(in crate::store) fn put_nonce(&self, key: u128, until_s: u64) -> Result<(), QueueError> {
         self.put_row(&nonce_key(key, until_s), &())
     }
 
     /// Drops some of the nonces that may be forgotten.
-    pub(super) fn expire_nonces(&self, now_s: u64) -> Result<(), QueueError> {
-        guarded(|| {
-            let end = numbered(b'o', now_s);
-            for row in self.db.range(numbered(b'o', 0)..end).take(NONCES_EXPIRED_AT_ONCE) {
-                let (key, _) = row?;
-                self.db.remove(key)?;
-            }
-            Ok(())
-        })
+    pub(in crate::store) fn expire_nonces(&self, now_s: u64) -> Result<(), QueueError> {
+        let expired: Vec<sled::IVec> = guarded(|| {
+            let range = self.db.range(numbered(b'o', 0)..numbered(b'o', now_s));
+            Ok(range.keys().take(NONCES_EXPIRED_AT_ONCE).collect::<Result<_, _>>()?)
+        })?;
+        expired.iter().try_for_each(|key| self.remove_row(key).map(drop))
     }
 
     /// Every nonce, with until when it is to be remembered.
-    pub(super) fn nonces(&self) -> Result<Vec<(u128, u64)>, QueueError> {
+    pub(in crate::store) fn nonces(&self) -> Result<Vec<(u128, u64)>, QueueError> {
         guarded(|| {
             let mut all = Vec::new();
             for row in self.db.scan_prefix(b"o") {
@@ -317,7 +319,7 @@ impl Queue {
     }
 
     /// Shows a bucket's pages one after another, as stored, until `visit` has what it looks for.
-    pub(super) fn look_in_bucket<T>(
+    pub(in crate::store) fn look_in_bucket<T>(
         &self,
         kind: u8,
         bucket: u32,
@@ -333,7 +335,7 @@ impl Queue {
     }
 
     /// All entries of a bucket, over its pages.
-    pub(super) fn bucket<T: DeserializeOwned>(&self, kind: u8, bucket: u32) -> Result<Vec<T>, QueueError> {
+    pub(in crate::store) fn bucket<T: DeserializeOwned>(&self, kind: u8, bucket: u32) -> Result<Vec<T>, QueueError> {
         let mut all = Vec::new();
         for page in 0..=u8::MAX {
             match self.get_row::<Vec<T>>(&page_key(kind, bucket, page), "bucket")? {
@@ -346,7 +348,12 @@ impl Queue {
 
     /// Writes a bucket, over as many pages as it needs. The pages are not written as one: what is replayed after a
     /// crash writes all of them again.
-    pub(super) fn put_bucket<T: Serialize>(&self, kind: u8, bucket: u32, entries: &[T]) -> Result<(), QueueError> {
+    pub(in crate::store) fn put_bucket<T: Serialize>(
+        &self,
+        kind: u8,
+        bucket: u32,
+        entries: &[T],
+    ) -> Result<(), QueueError> {
         let mut pages: Vec<Vec<&T>> = Vec::new();
         let mut filled = 0;
         for entry in entries {
@@ -364,8 +371,7 @@ impl Queue {
             self.put_row(&page_key(kind, bucket, page as u8), entries)?;
         }
         for page in pages.len().min(usize::from(u8::MAX)) as u8..=u8::MAX {
-            let key = page_key(kind, bucket, page);
-            if guarded(|| Ok(self.db.remove(key)?))?.is_none() {
+            if !self.remove_row(&page_key(kind, bucket, page))? {
                 break;
             }
         }
@@ -413,93 +419,14 @@ fn page_key(kind: u8, bucket: u32, page: u8) -> [u8; 6] {
     [kind, a, b, c, d, page]
 }
 
-/// Index entries, each number as the difference to the entry before.
-fn pack(entries: &[IndexEntry]) -> Vec<u8> {
-    let mut out = Vec::with_capacity(entries.len() * 20);
-    let mut last = IndexEntry { seq: 0, lane: 0, endpoint: 0, offset: 0, second: 0, len: 0 };
-    for entry in entries {
-        out.extend_from_slice(&entry.lane.to_le_bytes());
-        for number in [
-            entry.seq.wrapping_sub(last.seq),
-            entry.endpoint,
-            u64::from(entry.offset.wrapping_sub(last.offset)),
-            u64::from(entry.second.wrapping_sub(last.second)),
-            u64::from(entry.len),
-        ] {
-            push_varint(&mut out, number);
-        }
-        last = *entry;
-    }
-    out
-}
-
-fn unpack(bytes: &[u8]) -> Option<Vec<IndexEntry>> {
-    let mut rest = bytes;
-    let mut entries = Vec::with_capacity(BLOCK_EVENTS);
-    let mut last = IndexEntry { seq: 0, lane: 0, endpoint: 0, offset: 0, second: 0, len: 0 };
-    while !rest.is_empty() {
-        let (lane, after) = rest.split_at_checked(8)?;
-        rest = after;
-        let lane = u64::from_le_bytes(lane.try_into().ok()?);
-        let seq = last.seq.wrapping_add(take_varint(&mut rest)?);
-        let endpoint = take_varint(&mut rest)?;
-        let offset = last.offset.wrapping_add(u32::try_from(take_varint(&mut rest)?).ok()?);
-        let second = last.second.wrapping_add(u32::try_from(take_varint(&mut rest)?).ok()?);
-        let len = u32::try_from(take_varint(&mut rest)?).ok()?;
-        last = IndexEntry { seq, lane, endpoint, offset, second, len };
-        entries.push(last);
-    }
-    Some(entries)
-}
-
-fn push_varint(out: &mut Vec<u8>, mut number: u64) {
-    while number >= 0x80 {
-        out.push(number as u8 | 0x80);
-        number >>= 7;
-    }
-    out.push(number as u8);
-}
-
-fn take_varint(bytes: &mut &[u8]) -> Option<u64> {
-    let mut number = 0u64;
-    for shift in (0..64).step_by(7) {
-        let (byte, rest) = bytes.split_first()?;
-        *bytes = rest;
-        number |= u64::from(byte & 0x7f) << shift;
-        if byte & 0x80 == 0 {
-            return Some(number);
-        }
-    }
-    None
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn index_rows_read_back_and_stay_small_in_the_worst_case() {
-        // The longest endpoint names and records there can be; a segment's events ascend in place, offset and time.
-        let entries: Vec<IndexEntry> = (0..BLOCK_EVENTS as u64)
-            .map(|n| IndexEntry {
-                seq: (u64::from(u32::MAX) << 18) + 2 * n,
-                lane: u64::MAX - n,
-                endpoint: u64::MAX >> 1,
-                offset: 400_000 * n as u32,
-                second: 1_795_000_000 + 100 * n as u32,
-                len: 400_000,
-            })
-            .collect();
-        let packed = pack(&entries);
-        assert!(packed.len() + 3 <= ROW_MAX, "{}", packed.len());
-        assert_eq!(unpack(&packed), Some(entries));
-        assert_eq!(unpack(&packed[..packed.len() - 1]), None);
-    }
-
-    #[test]
     fn buckets_spill_over_to_further_pages_and_shrink_again() {
         let dir = tempfile::tempdir().unwrap();
-        let queue = Queue::open(dir.path()).unwrap();
+        let queue = Queue::open(dir.path(), 0).unwrap();
         let many: Vec<String> = (0..200).map(|n| format!("{n:0>100}")).collect();
         queue.put_bucket(b'c', 7, &many).unwrap();
         assert_eq!(queue.bucket::<String>(b'c', 7).unwrap(), many);

@@ -1,0 +1,61 @@
+//! Customers and names in a log of their own, from which the queue's rows can be rebuilt.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use super::codec::{self, Record, StateChange};
+use super::queue::PositionRow;
+use super::segment;
+
+/// Bytes for the state log that are gathered before they are written. What is written before the position row says so
+/// is cut off again at a start.
+const STATE_BUFFER: usize = 256 << 10;
+
+/// Customers and names in a log of their own, from which the queue can be rebuilt.
+#[derive(Debug)]
+pub(super) struct StateLog {
+    pub number: u64,
+    pub len: u64,
+    pub file: File,
+    buffer: Vec<u8>,
+    /// About how much of it is out of date, in bytes.
+    pub dead: u64,
+}
+
+impl StateLog {
+    pub(super) fn path(dir: &Path, number: u64) -> PathBuf {
+        dir.join(format!("state-{number}.log"))
+    }
+
+    /// Opens the log that the row names, at its length then; what is behind it will be written again.
+    pub(super) fn open(dir: &Path, at: &PositionRow) -> io::Result<StateLog> {
+        let (number, len) = (at.state_log, at.state_len);
+        let path = StateLog::path(dir, number);
+        let file = File::options().read(true).write(true).create(true).truncate(false).open(path)?;
+        file.set_len(len)?;
+        segment::sync_dir(dir)?;
+        Ok(StateLog { number, len, file, buffer: Vec::new(), dead: at.state_dead })
+    }
+
+    /// Answers how many bytes it takes.
+    pub(super) fn push(&mut self, change: &StateChange) -> io::Result<usize> {
+        let before = self.buffer.len();
+        let offset = self.len + self.buffer.len() as u64;
+        let body = Record::State(change.clone()).encode();
+        codec::write_frame(&mut self.buffer, self.number, offset as u32, 0, 0, &body);
+        let bytes = self.buffer.len() - before;
+        if self.buffer.len() >= STATE_BUFFER {
+            self.write()?;
+        }
+        Ok(bytes)
+    }
+
+    pub(super) fn write(&mut self) -> io::Result<()> {
+        self.file.write_all_at(&self.buffer, self.len)?;
+        self.len += self.buffer.len() as u64;
+        self.buffer.clear();
+        Ok(())
+    }
+}
