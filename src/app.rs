@@ -73,7 +73,8 @@ impl App {
     /// Nothing runs.
     pub async fn start(config: Config) -> Result<App, StartError> {
         let metrics = Metrics::new(config.metrics_max_endpoints)?;
-        let deliverer = Deliverer::new(config.extra_ca_file.as_deref())?;
+        let settings = schedule_settings(&config);
+        let deliverer = Deliverer::new(config.extra_ca_file.as_deref(), settings.max_in_flight)?;
         for warning in &config.warnings {
             tracing::warn!("{warning}");
         }
@@ -89,7 +90,7 @@ impl App {
         let open_api_address = open_api.as_ref().and_then(Bound::address);
         check_exposure(&config, local_address, open_api_address).map_err(StartError::Exposed)?;
         let config = Arc::new(config);
-        let mut schedule = Schedule::new(schedule_settings(&config));
+        let mut schedule = Schedule::new(settings);
         let (tell, notices) = mpsc::channel(NOTICES_MAX);
         let settings = store_settings(&config);
         let store_metrics = metrics.store.clone();
@@ -188,13 +189,15 @@ impl App {
     async fn take_over(&self, config: Config) -> Result<Vec<&'static str>, String> {
         // The listeners stay where they are, whatever the new file says of addresses.
         check_exposure(&config, self.local_address, self.open_api_address)?;
-        let deliverer = Deliverer::new(config.extra_ca_file.as_deref()).map_err(|error| error.to_string())?;
+        let schedule = schedule_settings(&config);
+        let deliverer = Deliverer::new(config.extra_ca_file.as_deref(), schedule.max_in_flight)
+            .map_err(|error| error.to_string())?;
         for warning in &config.warnings {
             tracing::warn!("{warning}");
         }
         let changed = config.needs_restart(&self.api.config.load());
         let config = Arc::new(config);
-        let reloaded = (deliverer, relay_settings(&config), schedule_settings(&config));
+        let reloaded = (deliverer, relay_settings(&config), schedule);
         self.store.set_rules(rules(&config));
         log::set_level(&config.log_level);
         self.api.reconfigure(config, reloaded).await.map(|()| changed)

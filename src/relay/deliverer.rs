@@ -15,6 +15,7 @@ use hyper::client::conn::http1::SendRequest;
 use hyper::header::{self, HeaderMap, HeaderValue};
 use hyper::{Request, Response};
 use hyper_rustls::HttpsConnector;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tower_service::Service;
 
 use super::dialer::{DialError, Dialer, Resolver};
@@ -39,12 +40,14 @@ pub struct Target {
     connector: HttpsConnector<Dialer>,
     host: Option<HeaderValue>,
     idle: Mutex<Vec<Idle>>,
+    idle_places: Arc<Semaphore>,
 }
 
 #[derive(Debug)]
 struct Idle {
     sender: SendRequest<Full<Bytes>>,
     since: Instant,
+    _place: OwnedSemaphorePermit,
 }
 
 impl std::fmt::Debug for Target {
@@ -65,9 +68,11 @@ impl Target {
     }
 
     fn give_back(&self, sender: SendRequest<Full<Bytes>>) {
+        // Over all endpoints they are bounded too: descriptors are left for attempts and callers.
+        let Ok(place) = Arc::clone(&self.idle_places).try_acquire_owned() else { return };
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
         if idle.len() < self.endpoint.limits.concurrency as usize && !sender.is_closed() {
-            idle.push(Idle { sender, since: clock::now() });
+            idle.push(Idle { sender, since: clock::now(), _place: place });
         }
     }
 
@@ -89,6 +94,7 @@ pub struct Deliverer {
     tls: Arc<rustls::ClientConfig>,
     resolver: Arc<Resolver>,
     user_agent: HeaderValue,
+    idle_places: Arc<Semaphore>,
 }
 
 /// What was seen of an attempt, and what there is to say of a failure, for people.
@@ -140,11 +146,12 @@ pub enum TlsError {
 }
 
 impl Deliverer {
-    /// Reads the certificates that are trusted: the system's, and those of a file.
+    /// Reads the certificates that are trusted: the system's, and those of a file. At most `idle_max` connections are
+    /// kept for later pushes, over all targets.
     ///
     /// # Errors
     /// The file is of no use.
-    pub fn new(extra_ca_file: Option<&Path>) -> Result<Deliverer, TlsError> {
+    pub fn new(extra_ca_file: Option<&Path>, idle_max: u32) -> Result<Deliverer, TlsError> {
         let mut roots = rustls::RootCertStore::empty();
         let native = rustls_native_certs::load_native_certs();
         for error in &native.errors {
@@ -171,7 +178,8 @@ impl Deliverer {
             .with_root_certificates(roots)
             .with_no_client_auth();
         let user_agent = HeaderValue::from_static(concat!("h5push-relay/", env!("CARGO_PKG_VERSION")));
-        Ok(Deliverer { tls: Arc::new(tls), resolver: Arc::new(Resolver::system()), user_agent })
+        let idle_places = Arc::new(Semaphore::new(idle_max as usize));
+        Ok(Deliverer { tls: Arc::new(tls), resolver: Arc::new(Resolver::system()), user_agent, idle_places })
     }
 
     /// A target without connections. Those of an old one go when it is dropped, and with them the rule they were made
@@ -192,7 +200,8 @@ impl Deliverer {
             .https_or_http()
             .enable_http1()
             .wrap_connector(Dialer { resolver: Arc::clone(&self.resolver), rule });
-        Target { endpoint, connector, host, idle: Mutex::new(Vec::new()) }
+        let idle_places = Arc::clone(&self.idle_places);
+        Target { endpoint, connector, host, idle: Mutex::new(Vec::new()), idle_places }
     }
 
     /// Makes one attempt. `may_send` is asked right before the first byte; `None` if it says no. The body is held only

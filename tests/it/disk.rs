@@ -10,15 +10,15 @@ use serde_json::json;
 use super::support::*;
 
 /// A relay on a disk that fails on demand.
-struct Faulty {
-    dir: Arc<tempfile::TempDir>,
+pub struct Faulty {
+    pub dir: Arc<tempfile::TempDir>,
     how: PathBuf,
     environment: Vec<(&'static str, PathBuf)>,
 }
 
 impl Faulty {
     /// `None`, said aloud, where it cannot be compiled.
-    fn new() -> Option<Faulty> {
+    pub fn new() -> Option<Faulty> {
         let dir = Arc::new(tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap());
         let library = dir.path().join("faulty.so");
         let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/faulty_disk.c");
@@ -34,15 +34,15 @@ impl Faulty {
         Some(Faulty { dir, how, environment })
     }
 
-    fn start(&self, config: &str) -> Relay {
+    pub fn start(&self, config: &str) -> Relay {
         Relay::spawn_with(Arc::clone(&self.dir), config, &self.environment).ready()
     }
 
-    fn fails(&self, how: &str) {
+    pub fn fails(&self, how: &str) {
         std::fs::write(&self.how, how).unwrap();
     }
 
-    fn works(&self) {
+    pub fn works(&self) {
         std::fs::remove_file(&self.how).unwrap();
     }
 }

@@ -5,6 +5,7 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
@@ -351,6 +352,7 @@ pub struct Receiver {
 
 struct State {
     rule: Mutex<Rule>,
+    keeps: AtomicBool,
     pushes: Mutex<Vec<Push>>,
     changed: Condvar,
 }
@@ -366,6 +368,7 @@ impl Receiver {
         let address = listener.local_addr().unwrap();
         let state = Arc::new(State {
             rule: Mutex::new(Arc::new(|_| Answer::Status(200))),
+            keeps: AtomicBool::new(true),
             pushes: Mutex::new(Vec::new()),
             changed: Condvar::new(),
         });
@@ -379,6 +382,11 @@ impl Receiver {
 
     pub fn answer_status(&self, status: u16) {
         self.answer(move |_| Answer::Status(status));
+    }
+
+    /// Records no pushes any more: for tests that make millions.
+    pub fn forget(&self) {
+        self.state.keeps.store(false, Ordering::SeqCst);
     }
 
     pub fn pushes(&self) -> Vec<Push> {
@@ -467,7 +475,9 @@ async fn record(
     *response.status_mut() = hyper::StatusCode::from_u16(status).unwrap();
     tokio::time::sleep(wait).await;
     push.status = status;
-    state.pushes.lock().unwrap().push(push);
+    if state.keeps.load(Ordering::SeqCst) {
+        state.pushes.lock().unwrap().push(push);
+    }
     state.changed.notify_all();
     Ok(response)
 }
