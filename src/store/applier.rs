@@ -203,6 +203,13 @@ impl Applier {
         self.dedupe_max / ID_ROW as u64 + 1
     }
 
+    /// The idempotency key that was applied last, as in its row.
+    pub(super) fn last_id(&self, queue: &Queue) -> Result<Option<[u8; 16]>, QueueError> {
+        let before = (self.at.next_id / ID_ROW as u64).checked_sub(1).filter(|_| self.ids.is_empty());
+        let row = before.map(|row| queue.ids(row)).transpose()?.flatten();
+        Ok(row.as_ref().unwrap_or(&self.ids).last().map(|entry| entry.key))
+    }
+
     /// About how many bytes the rows should take, with so many events waiting: an index entry has about 16 bytes, and
     /// what is dead of the journal is at most a third; a key has about 30.
     pub(super) fn row_bytes(&self, waiting: u64) -> u64 {

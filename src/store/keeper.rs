@@ -14,6 +14,7 @@ use super::applier::{Applier, advance};
 use super::checkpoint::{Checkpoint, Live, SegmentMark};
 use super::compact;
 use super::journal::SPARE;
+use super::open_queue;
 use super::queue::{self, Queue, QueueError};
 use super::segment;
 use super::state_log::StateLog;
@@ -146,7 +147,7 @@ impl<'a> Keeper<'a> {
     /// After an error of sled's: opens it again, and goes on from its last position.
     fn reopen(&mut self) {
         std::thread::sleep(Duration::from_millis(200));
-        match recover::reopen_queue(self.inner) {
+        match open_queue::reopen(self.inner) {
             Ok((queue, applier)) => {
                 tracing::info!("sled is open again");
                 self.applier = Some(applier);

@@ -31,6 +31,7 @@ mod letters;
 mod model;
 mod nonces;
 mod notice;
+mod open_queue;
 #[cfg(test)]
 mod power;
 mod queue;
@@ -131,6 +132,8 @@ struct Inner {
     queue: RwLock<Option<Arc<Queue>>>,
     /// Which directory of the queue's is in use.
     queue_number: AtomicU64,
+    /// By how much the numbers of idempotency keys are ahead of those in the queue's rows, since those were built anew.
+    ids_without_rows: AtomicU64,
     dead: Mutex<DeadLetters>,
     /// Held by the request whose turn it is to wait for the queue's rows.
     rows_turn: tokio::sync::Mutex<()>,
@@ -289,6 +292,10 @@ impl Store {
             admission.ids.number(key)
         };
         let Some((number, accepted_s)) = found else { return Ok(None) };
+        // What became of it went with its row.
+        let Some(number) = number.checked_sub(self.inner.ids_without_rows.load(Ordering::Relaxed)) else {
+            return Ok(None);
+        };
         let queue = self.inner.queue().ok_or(Refusal::DiskLow)?;
         let row = queue.ids(number / queue::ID_ROW as u64).map_err(|error| self.inner.queue_failed("read", &error))?;
         let entry = row.and_then(|row| row.get((number % queue::ID_ROW as u64) as usize).copied());

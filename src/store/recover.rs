@@ -10,24 +10,24 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::{Arc, Condvar, Mutex, RwLock};
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 
 use super::admission::Admission;
-use super::applier::{self, Applier, RetryRow};
+use super::applier::{Applier, RetryRow};
 use super::checkpoint::{Checkpoint, Live};
-use super::codec::{Record, StateChange};
+use super::codec::Record;
 use super::dead_letters::{DeadLetters, DeadMark};
 use super::ids::Ids;
 use super::journal::{SegmentFile, Writer};
 use super::keeper::Keeper;
-use super::queue::{self, BLOCK_EVENTS, ID_ROW, IndexEntry, PositionRow, Queue, QueueError};
+use super::open_queue::Opener;
+use super::queue::{self, BLOCK_EVENTS, ID_ROW, IndexEntry, Queue, QueueError};
 use super::segment::{self, Frame};
-use super::state_log::StateLog;
-use super::{Inner, Notice, Position, SEGMENT_BYTES, Segments, Settings, Store, Threads, state};
+use super::{Inner, Notice, Position, SEGMENT_BYTES, Segments, Settings, Store, Threads};
 use crate::clock;
 use crate::domain::backlog::{Handle, first_seq};
 use crate::domain::endpoint::EndpointName;
@@ -203,6 +203,7 @@ impl Store {
             durable: Mutex::new(applier.position()),
             durable_moved: Condvar::new(),
             queue_number: AtomicU64::new(queue.number()),
+            ids_without_rows: AtomicU64::new(0),
             queue: RwLock::new(Some(queue)),
             dead: Mutex::new(dead),
             rows_turn: tokio::sync::Mutex::default(),
@@ -343,83 +344,23 @@ impl Opening<'_> {
 
     /// Opens sled, or builds it anew, and brings its rows up to the end of the journal.
     fn open_queue(&self) -> Result<(Arc<Queue>, Applier), OpenError> {
+        let dir = &self.settings.dir;
         let named = self.checkpoint.as_ref().map(|checkpoint| checkpoint.queue);
-        let number = named.unwrap_or_else(|| queue::highest(&self.settings.dir));
-        queue::remove_others(&self.settings.dir, number)
-            .map_err(|error| OpenError::Io { path: self.settings.dir.clone(), error })?;
-        let dir = queue::path(&self.settings.dir, number);
-        let needed = self.checkpoint.as_ref().map(|checkpoint| checkpoint.position);
-        if dir.exists() {
-            match self.try_queue(number, needed) {
-                Ok(opened) => return Ok(opened),
-                // Nothing is wrong with it.
-                Err(error) if error.is_no_space() => return Err(OpenError::Queue(error.to_string())),
-                Err(error) => {
-                    tracing::error!(%error, "the queue is set aside and built anew from the journal");
-                    self.metrics.damaged("queue", 1);
-                    let aside = self.settings.dir.join(format!("queue.damaged-{}", clock::wall_ms()));
-                    std::fs::rename(&dir, &aside).map_err(|error| OpenError::Io { path: dir.clone(), error })?;
-                }
-            }
-        } else if needed.is_some() {
-            tracing::error!("the queue is missing and built anew from the journal");
-            self.metrics.damaged("queue", 1);
-        }
-        self.build_queue(number).map_err(|error| OpenError::Queue(error.to_string()))
-    }
-
-    fn try_queue(&self, number: u64, needed: Option<Position>) -> Result<(Arc<Queue>, Applier), QueueError> {
-        let queue = Queue::open(&self.settings.dir, number)?;
-        let row = queue.position()?;
-        let at = row.unwrap_or_default();
-        let here = Position { segment: at.segment, offset: at.offset };
-        if needed.is_some_and(|needed| here < needed) {
-            return Err(QueueError::Damaged("it is older than the checkpoint"));
-        }
-        let state_log = StateLog::open(&self.settings.dir, &at)?;
-        let mut applier = Applier::resume(&queue, at, state_log, Position::default(), self.applier_settings())?;
-        self.apply_rest(&queue, &mut applier)?;
-        Ok((Arc::new(queue), applier))
-    }
-
-    fn build_queue(&self, number: u64) -> Result<(Arc<Queue>, Applier), QueueError> {
-        let queue = Queue::open(&self.settings.dir, number)?;
-        let (number, from) =
-            self.checkpoint.as_ref().map_or((0, Position::default()), |found| (found.state_log, found.position));
-        let path = StateLog::path(&self.settings.dir, number);
-        let mut len = 0;
-        if let Ok(file) = File::open(&path) {
-            let mut result = Ok(());
-            let scan = segment::scan(&file, number, 0, 0, |frame| {
-                let Some(Record::State(change)) = Record::decode(frame.body()) else { return };
-                // What came after the checkpoint is in the journal, and written again from there.
-                if result.is_ok() {
-                    result = apply_change(&queue, &self.hashing, &change);
-                }
-            })?;
-            result?;
-            self.metrics.damaged("state_log", scan.damaged.len() as u64);
-            len = u64::from(scan.valid_len);
-        }
-        let at = PositionRow { state_log: number, state_len: len, ..PositionRow::default() };
-        let state_log = StateLog::open(&self.settings.dir, &at)?;
-        let mut applier = Applier::resume(&queue, at, state_log, from, self.applier_settings())?;
-        self.apply_rest(&queue, &mut applier)?;
-        queue.flush()?;
-        Ok((Arc::new(queue), applier))
-    }
-
-    fn applier_settings(&self) -> (HashKey, u64, u64) {
-        let rules = &self.settings.rules;
-        (self.hashing, rules.dedupe_max as u64, rules.forget_after_s)
-    }
-
-    fn apply_rest(&self, queue: &Queue, applier: &mut Applier) -> Result<(), QueueError> {
-        let at = applier.position().segment;
-        for found in self.found.iter().filter(|found| found.number >= at) {
-            applier.apply(queue, &found.file, (found.number, found.end), |_| ())?;
-        }
-        applier.commit(queue)
+        let number = named.unwrap_or_else(|| queue::highest(dir));
+        queue::remove_others(dir, number).map_err(|error| OpenError::Io { path: dir.clone(), error })?;
+        let opener = Opener {
+            settings: self.settings,
+            metrics: self.metrics,
+            checkpoint: self.checkpoint.as_ref(),
+            hashing: self.hashing,
+            is_start: true,
+        };
+        let opened = opener.open(number, |queue, applier| {
+            let at = applier.position().segment;
+            let mut rest = self.found.iter().filter(|found| found.number >= at);
+            rest.try_for_each(|found| applier.apply(queue, &found.file, (found.number, found.end), |_| ()))
+        });
+        opened.map(|opened| (opened.queue, opened.applier)).map_err(|error| OpenError::Queue(error.to_string()))
     }
 
     /// Fills the schedule: from the index rows up to the checkpoint, from the journal itself after it.
@@ -649,24 +590,6 @@ pub(super) fn index_entry(frame: &Frame) -> Option<IndexEntry> {
         second: (event.accepted_ms / 1_000) as u32,
         len: frame.header.frame_len() as u32,
     })
-}
-
-fn apply_change(queue: &Queue, hashing: &HashKey, change: &StateChange) -> Result<(), QueueError> {
-    state::apply(queue, hashing, change, |_| false).map(drop)
-}
-
-/// After an error of sled's while running: opens it again, or builds it anew, up to what is durable.
-pub(super) fn reopen_queue(inner: &Inner) -> Result<(Arc<Queue>, Applier), QueueError> {
-    let rules = &inner.settings.rules;
-    let settings = (inner.hashing(), rules.dedupe_max as u64, rules.forget_after_s);
-    let queue = Queue::open(&inner.settings.dir, inner.queue_number.load(Ordering::Relaxed))?;
-    let at = queue.position()?.unwrap_or_default();
-    let state_log = StateLog::open(&inner.settings.dir, &at)?;
-    let mut applier = Applier::resume(&queue, at, state_log, Position::default(), settings)?;
-    let durable = *inner.durable.lock().unwrap_or_else(PoisonError::into_inner);
-    applier::advance(inner, &mut applier, &queue, durable)?;
-    applier.commit(&queue)?;
-    Ok((Arc::new(queue), applier))
 }
 
 const _: () = assert!(SEGMENT_BYTES < u32::MAX / 2);

@@ -30,7 +30,9 @@ fn nothing_acknowledged_is_lost_or_reordered_over_kills_under_load() {
         dir = relay.kill();
         load.stop();
     }
-    let repeated = check_delivered(&Relay::start_in(dir, &text), &receiver, &counters);
+    let relay = Relay::start_in(dir, &text);
+    let repeated = check_delivered(&relay, &receiver, &counters);
+    check_undamaged(&relay);
     // At most what was in flight: a push of each lane, with up to 50 events.
     assert!(repeated <= rounds as usize * LANES * 50, "{repeated} repeated");
 }
@@ -89,6 +91,7 @@ fn nothing_acknowledged_is_lost_over_power_cuts_on_a_file_system() {
     let relay = Relay::start_in(Arc::clone(&disk.dir), &text);
     println!("{rounds} power cuts");
     check_delivered(&relay, &receiver, &counters);
+    check_undamaged(&relay);
 }
 
 #[test]
@@ -147,7 +150,7 @@ fn a_queue_directory_that_is_gone_or_broken_is_built_anew_from_the_journal() {
     let text = config(receiver.address, "[backoff]\ninitial = \"200ms\"\nmax = \"400ms\"\n");
     let mut dir = Arc::new(tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap());
     let mut expected = Vec::new();
-    for (round, harm) in ["removed", "emptied", "flipped", "garbage"].into_iter().enumerate() {
+    for (round, harm) in ["removed", "emptied", "flipped", "garbage", "older"].into_iter().enumerate() {
         let relay = Relay::start_in(dir, &text);
         for number in 0..20 {
             let id = format!("r{round}-{number:02}");
@@ -159,6 +162,7 @@ fn a_queue_directory_that_is_gone_or_broken_is_built_anew_from_the_journal() {
         let data = relay.data_dir();
         dir = if round % 2 == 0 { relay.stop() } else { relay.kill() };
         let (queue, db) = (data.join("queue"), data.join("queue/db"));
+        let older = dir.path().join("older");
         match harm {
             "removed" => std::fs::remove_dir_all(&queue).unwrap(),
             "emptied" => std::fs::write(&db, b"").unwrap(),
@@ -169,13 +173,22 @@ fn a_queue_directory_that_is_gone_or_broken_is_built_anew_from_the_journal() {
                 }
                 std::fs::write(&db, bytes).unwrap();
             }
-            _ => std::fs::write(&db, vec![0xa5; 100_000]).unwrap(),
+            "garbage" => std::fs::write(&db, vec![0xa5; 100_000]).unwrap(),
+            _ => {
+                std::fs::remove_dir_all(&queue).unwrap();
+                std::fs::rename(&older, &queue).unwrap();
+            }
+        }
+        // From before what comes in the last round.
+        if harm == "garbage" {
+            dir = Relay::start_in(dir, &text).stop();
+            assert!(Command::new("cp").arg("-r").args([&queue, &older]).status().unwrap().success());
         }
     }
     receiver.answer_status(200);
     let relay = Relay::start_in(dir, &text);
     assert_eq!(receiver.wait_delivered(expected.len()), expected);
-    for round in 0..4 {
+    for round in 0..5 {
         assert_eq!(
             relay.toggle(&format!("web_token=off{round}&im_web_plugin_id=12"))["status_code"],
             0,

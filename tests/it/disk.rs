@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
+use super::load::*;
 use super::support::*;
 
 /// A relay on a disk that fails on demand.
@@ -141,4 +142,75 @@ fn a_disk_that_takes_seconds_a_sync_delays_the_202_and_nothing_else() {
     assert!(posted > Duration::from_secs(2), "{posted:?}");
     disk.works();
     assert_eq!(receiver.wait_delivered(2), ["m0", "m1"]);
+}
+
+/// A small file system in memory; `None`, said aloud, where it cannot be mounted.
+struct Small(tempfile::TempDir);
+
+impl Small {
+    fn mount(size: &str) -> Option<Small> {
+        let small = Small(tempfile::tempdir().unwrap());
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs"]).arg(small.0.path());
+        if !mount.status().is_ok_and(|status| status.success()) {
+            println!("SKIPPED: a file system cannot be mounted here (that needs root)");
+            return None;
+        }
+        Some(small)
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        drop(Command::new("umount").arg("-l").arg(self.0.path()).status());
+    }
+}
+
+/// `H5PUSH_DISK_ROUNDS`: how often the disk is full.
+#[test]
+fn a_disk_that_another_program_fills_at_random_instants_loses_nothing() {
+    let Some(small) = Small::mount("300m") else { return };
+    let rounds = number_of("H5PUSH_DISK_ROUNDS", 8);
+    let receiver = Receiver::start();
+    let text =
+        config(receiver.address, "[outbox]\nmin_free_disk = 0\n[backoff]\ninitial = \"50ms\"\nmax = \"200ms\"\n");
+    // The log is elsewhere.
+    let mut dir = Arc::new(tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap());
+    let data = small.0.path().join("data");
+    std::fs::create_dir(&data).unwrap();
+    std::os::unix::fs::symlink(&data, dir.path().join("data")).unwrap();
+    let counters = Counters::default();
+    let some_time = |most: u64| std::thread::sleep(Duration::from_millis(fastrand::u64(10..most)));
+    let ballast = small.0.path().join("ballast");
+    for round in 0..rounds {
+        receive_like(round, &receiver);
+        let relay = Relay::start_in(dir, &text);
+        let load = Load::start(relay.local, &counters);
+        some_time(500);
+        let mut file = std::fs::File::create(&ballast).unwrap();
+        while std::io::Write::write_all(&mut file, &[1; 1 << 16]).is_ok() {}
+        drop(file);
+        some_time(1_500);
+        // Killed while it is full, or after.
+        let is_killed_first = fastrand::bool();
+        if is_killed_first {
+            dir = relay.kill();
+            std::fs::remove_file(&ballast).unwrap();
+        } else {
+            std::fs::remove_file(&ballast).unwrap();
+            // It comes back by itself, also for customers whom it has yet to look up.
+            let new = format!("new{round}");
+            wait_until("an unknown customer's event", || relay.post(&event(&new, &format!("{new}-0"))).status == 202);
+            some_time(1_500);
+            dir = relay.kill();
+        }
+        load.stop();
+    }
+    let relay = Relay::start_in(dir, &text);
+    check_delivered(&relay, &receiver, &counters);
+    // sled may not bear it; the journal does.
+    let log = relay.log();
+    let [harmed, again] = ["the queue is set aside", "sled is open again"].map(|text| log.matches(text).count());
+    println!("the disk was full {rounds} times, sled harmed {harmed} times, and opened again {again} times");
+    assert!(!log.contains("damaged records"));
 }

@@ -259,9 +259,7 @@ fn everything_at_once_loses_repeats_and_leaks_nothing() {
     let of_gone = run.watch.of_gone.lock().unwrap();
     let lost: Vec<&String> = run.for_gone.difference(&of_gone).collect();
     assert!(lost.is_empty(), "never replayed: {lost:?}");
-    for what in ["journal", "queue", "checkpoint", "state_log", "dead_letters"] {
-        assert_eq!(relay.metric("h5push_store_damage_total", &[("what", what)]), 0.0, "{what}: {}", relay.log());
-    }
+    check_undamaged(&relay);
     let (repeated, pushes) = (run.watch.repeated.load(Ordering::SeqCst), run.watch.pushes.load(Ordering::SeqCst));
     println!(
         "{:.0?}: {accepted} events of {LANES} customers in {pushes} pushes, {repeated} of them repeated; {} kills, {} toggles, \

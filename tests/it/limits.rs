@@ -217,3 +217,30 @@ fn a_thousand_endpoints_that_hang_take_nothing_from_another() {
     assert!(in_flight >= HUNG, "{in_flight}");
     assert!(during < 3 * before + Duration::from_millis(200), "{during:?} beside {before:?}");
 }
+
+#[test]
+fn idle_connections_are_bounded_over_all_endpoints() {
+    const ENDPOINTS: u64 = 60;
+    let receiver = Receiver::start();
+    let endpoints: String = (0..ENDPOINTS)
+        .map(|at| format!("[endpoints.{}]\nurl = \"http://{}/\"\n", 1_000 + at, receiver.address))
+        .collect();
+    let relay = Relay::start(&config(receiver.address, &format!("{endpoints}[push]\nmax_in_flight = 16\n")));
+    let sockets = || {
+        let files = std::fs::read_dir(format!("/proc/{}/fd", relay.pid())).unwrap();
+        let targets = files.filter_map(|file| std::fs::read_link(file.unwrap().path()).ok());
+        targets.filter(|target| target.to_string_lossy().starts_with("socket:")).count()
+    };
+    let before = sockets();
+    for at in 0..ENDPOINTS {
+        let mut event = event("a", &format!("m{at}"));
+        event["im_web_plugin_id"] = json!(1_000 + at);
+        relay.queue(&event);
+    }
+    receiver.wait_delivered(ENDPOINTS as usize);
+    relay.wait_metric("h5push_in_flight", &[("endpoint", "1000")], |count| count == 0.0);
+    wait_until("the others to be closed", || sockets() <= before + 16);
+    // Those that are kept are used again.
+    let kept = sockets() - before;
+    assert!(kept >= 8, "{kept}");
+}

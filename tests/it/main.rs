@@ -13,6 +13,7 @@ mod accept;
 mod command_line;
 mod crash;
 mod customers;
+mod damage;
 mod disk;
 mod endurance;
 mod hostile;

@@ -64,8 +64,8 @@ pub(in crate::store) enum QueueError {
     /// A row does not read back.
     #[error("a row of sled's is damaged: {0}")]
     Damaged(&'static str),
-    /// Syncing sled's file failed.
-    #[error("syncing sled's file: {0}")]
+    /// A file failed by itself.
+    #[error("a file of the queue's: {0}")]
     Sync(#[from] std::io::Error),
 }
 

@@ -1,0 +1,101 @@
+//! A journal that the disk has harmed: what is harmed is noticed and counted, the rest is delivered in order.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::support::*;
+
+const EVENTS: usize = 20;
+
+/// The journal's segments, oldest first.
+fn segments(relay: &Relay) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(relay.data_dir().join("journal")).unwrap();
+    let mut paths: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
+    paths.retain(|path| path.extension().is_some_and(|extension| extension == "log"));
+    paths.sort();
+    paths
+}
+
+/// Of the events of three segments, those of the middle one that came after it was harmed.
+fn delivered_after(harm: &str, is_clean: bool) -> Vec<String> {
+    let receiver = Receiver::start();
+    receiver.answer_status(500);
+    let text = config(receiver.address, "[backoff]\ninitial = \"20ms\"\nmax = \"100ms\"\n");
+    let mut dir = Arc::new(tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap());
+    let mut middle = PathBuf::new();
+    for round in 0..3 {
+        let relay = Relay::start_in(dir, &text);
+        for number in 0..EVENTS {
+            relay.queue(&event(&format!("c{}", number % 4), &format!("{round}-{number:02}")));
+        }
+        if round == 1 {
+            middle = segments(&relay).pop().unwrap();
+        }
+        dir = if is_clean { relay.stop() } else { relay.kill() };
+    }
+    let mut bytes = std::fs::read(&middle).unwrap();
+    let place = |text: &str| bytes.windows(text.len()).position(|window| window == text.as_bytes()).unwrap();
+    match harm {
+        "flipped" => {
+            let at = place("\"1-07\"");
+            bytes[at + 2] ^= 4;
+            std::fs::write(&middle, bytes).unwrap();
+        }
+        "cut" => {
+            let at = place("\"1-10\"");
+            bytes.truncate(at);
+            std::fs::write(&middle, bytes).unwrap();
+        }
+        "emptied" => std::fs::write(&middle, b"").unwrap(),
+        "zeroed" => std::fs::write(&middle, vec![0; bytes.len()]).unwrap(),
+        "missing" => std::fs::remove_file(&middle).unwrap(),
+        // Under a number that is yet to come.
+        _ => drop(std::fs::copy(&middle, middle.with_file_name(format!("{:016}.log", 900))).unwrap()),
+    }
+    receiver.answer_status(200);
+    let relay = Relay::start_in(dir, &text);
+    relay.queue(&event("last", "last"));
+    relay.wait_metric("h5push_outbox_events", &[("endpoint", "12")], |count| count == 0.0);
+    let what = format!("{harm}, after a {}", if is_clean { "stop" } else { "kill" });
+    // A newest segment that is not its own is taken for one that was never written; nothing of it is missed.
+    let (counted, said) = if harm == "doubled" { ("torn_tail", " WARN ") } else { ("journal", " ERROR ") };
+    let damage = relay.metric("h5push_store_damage_total", &[("what", counted)]);
+    assert!(damage > 0.0, "{what}: not counted: {}", relay.log());
+    assert!(relay.log().contains(said), "{what}: not said: {}", relay.log());
+    let delivered = receiver.delivered_ids();
+    for customer in 0..4 {
+        let of: Vec<&String> = delivered.iter().filter(|id| number(id) % 4 == customer && *id != "last").collect();
+        assert!(of.windows(2).all(|two| two[0] < two[1]), "{what}: out of order or twice: {of:?}");
+    }
+    for round in [0, 2] {
+        let of = delivered.iter().filter(|id| id.starts_with(&format!("{round}-"))).count();
+        assert_eq!(of, EVENTS, "{what}: round {round} of {delivered:?}");
+    }
+    assert!(delivered.contains(&"last".to_owned()));
+    // And the damage does no more of it.
+    relay.queue(&event("c0", "after"));
+    receiver.wait_delivered(delivered.len() + 1);
+    drop(Relay::start_in(relay.stop(), &text));
+    let mut middle: Vec<String> = delivered.into_iter().filter(|id| id.starts_with("1-")).collect();
+    middle.sort();
+    middle
+}
+
+fn number(id: &str) -> usize {
+    id.rsplit('-').next().unwrap().parse().unwrap_or(0)
+}
+
+#[test]
+fn a_harmed_segment_costs_what_was_harmed_in_it_and_no_more() {
+    let whole: Vec<String> = (0..EVENTS).map(|number| format!("1-{number:02}")).collect();
+    for is_clean in [true, false] {
+        let mut one_less = whole.clone();
+        one_less.remove(7);
+        assert_eq!(delivered_after("flipped", is_clean), one_less);
+        assert_eq!(delivered_after("cut", is_clean), whole[..10]);
+        for harm in ["emptied", "zeroed", "missing"] {
+            assert_eq!(delivered_after(harm, is_clean), Vec::<String>::new());
+        }
+        assert_eq!(delivered_after("doubled", is_clean), whole);
+    }
+}
