@@ -48,6 +48,11 @@ impl Ages {
         self.buckets.front().map(|(start, _)| *start)
     }
 
+    #[cfg(test)]
+    pub(crate) fn buckets(&self) -> usize {
+        self.buckets.capacity()
+    }
+
     fn merge(&mut self) {
         let mut merged: VecDeque<(u32, u32)> = VecDeque::with_capacity(BUCKETS_MAX);
         for (index, (start, count)) in self.buckets.drain(..).enumerate() {

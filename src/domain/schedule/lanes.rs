@@ -80,6 +80,17 @@ impl Lanes {
         self.index.len()
     }
 
+    #[cfg(test)]
+    pub(super) fn sizes(&self) -> [(&'static str, usize); 5] {
+        [
+            ("lanes", self.lanes.capacity()),
+            ("free lanes", self.free.capacity()),
+            ("lanes by key", self.index.capacity()),
+            ("retries", self.retries.capacity()),
+            ("free retries", self.free_retries.capacity()),
+        ]
+    }
+
     pub(super) fn find(&self, key: LaneKey) -> Option<LaneId> {
         self.index.find(key.0, |id| self.key(*id) == key).copied()
     }

@@ -9,6 +9,8 @@
 
 mod burial;
 mod chains;
+#[cfg(test)]
+mod days;
 mod endpoint;
 mod lanes;
 mod reports;
