@@ -3,135 +3,26 @@
 //! What it decides is staged in a [`Request`], which the journal's thread writes and syncs; if that fails, everything
 //! the request changed here is put back.
 
+mod customers;
+mod request;
+
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 
 use tokio::sync::oneshot;
 
+use self::request::Undo;
+pub(super) use self::request::{Changed, Judged, Replayed, Request, Staged, Step, Ticket};
+pub use self::request::{Post, Posted, Refusal, Rules, WithdrawCustomer};
 use super::codec::{Accepted, Record, StateChange};
 use super::dead_letters::LetterId;
 use super::ids::Ids;
 use super::nonces::Nonces;
-use super::state::{self, StateCache, StateKey, StateValue};
+use super::state::{StateCache, StateKey};
 use super::{Position, Replay};
-use crate::domain::customer::{Customer, Hearing, NameKind, Toggle};
-use crate::domain::endpoint::{EndpointName, Plugin};
-use crate::domain::event::Event;
+use crate::domain::customer::Toggle;
+use crate::domain::endpoint::EndpointName;
 use crate::domain::gate::{self, Suppressed};
-use crate::domain::keys::{EventKey, LaneKey};
-
-/// What the gate and the memory of customers go by.
-#[derive(Clone, Copy, Debug)]
-pub struct Rules {
-    /// Most events that wait in all (`outbox.max_events`).
-    pub events_max: u64,
-    /// `outbox.dedupe_window`, seconds.
-    pub dedupe_window_s: u64,
-    /// `outbox.dedupe_max`.
-    pub dedupe_max: usize,
-    /// `gate.require_h5push`.
-    pub require_h5push: bool,
-    /// `gate.forget_after`, seconds.
-    pub forget_after_s: u64,
-}
-
-/// An event to be judged and stored.
-#[derive(Debug)]
-pub struct Post<'a> {
-    /// The event.
-    pub event: &'a Event<'a>,
-    /// Its idempotency key.
-    pub key: EventKey,
-    /// Where it would go, and how many events may wait there.
-    pub endpoint: Option<(EndpointName, u64)>,
-    /// Its lane, at that endpoint.
-    pub lane: LaneKey,
-    /// Its record, encoded.
-    pub record: Vec<u8>,
-}
-
-/// What became of an event.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Posted {
-    /// Stored: on stable storage.
-    Queued,
-    /// Its key was accepted before.
-    Duplicate,
-    /// The gate said no.
-    Suppressed(Suppressed),
-    /// Too many wait for its endpoint. Nothing was stored.
-    EndpointFull,
-}
-
-/// Why a whole request was refused. Nothing was stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Refusal {
-    /// `outbox.max_events` wait.
-    #[error("the outbox is full")]
-    OutboxFull,
-    /// The disk is full, nearly full, or does not take what is written.
-    #[error("the disk is full or cannot be written")]
-    DiskLow,
-    /// The relay is stopping.
-    #[error("the relay is stopping")]
-    Stopping,
-}
-
-/// One record of a request.
-#[derive(Debug)]
-pub(super) enum Staged {
-    Event { record: Vec<u8>, lane: LaneKey, endpoint: EndpointName, second: u32 },
-    Other(Vec<u8>),
-}
-
-/// Told to the relay when the request is durable, in order with its events.
-#[derive(Debug)]
-pub struct WithdrawCustomer {
-    /// The customer's plugin.
-    pub plugin: Plugin,
-    /// The customer.
-    pub web_token: String,
-    /// Answered, with how many events were withdrawn, when that is durable.
-    pub done: oneshot::Sender<u64>,
-}
-
-/// What a request changed here, to put back when it could not be stored.
-#[derive(Debug)]
-enum Undo {
-    State(state::Undo),
-    Setting { key: String, before: Option<String> },
-    Nonce(u128),
-}
-
-/// What the journal's thread writes as one.
-#[derive(Debug)]
-pub(super) struct Request {
-    pub ticket: u64,
-    pub staged: Vec<Staged>,
-    pub withdraw: Vec<WithdrawCustomer>,
-    pub done: oneshot::Sender<Result<(), Refusal>>,
-    keys: Vec<EventKey>,
-    endpoints: Vec<EndpointName>,
-    undo: Vec<Undo>,
-}
-
-/// A request that was staged, from the caller's side.
-#[derive(Debug)]
-pub(super) struct Ticket {
-    pub done: oneshot::Receiver<Result<(), Refusal>>,
-}
-
-/// A customer after a change, and what to wait for.
-pub(super) type Changed = (Customer, Option<Ticket>);
-
-/// Which letters were put back, and what to wait for.
-pub(super) type Replayed = (Vec<LetterId>, Option<Ticket>);
-
-/// Either what was decided, or which rows must be fetched first.
-pub(super) enum Step<T> {
-    Done(T),
-    /// Each with its version of now.
-    Missing(Vec<(StateKey, u32)>),
-}
+use crate::domain::keys::EventKey;
 
 /// Everything that is decided before the 202.
 #[derive(Debug)]
@@ -153,15 +44,6 @@ pub(super) struct Admission {
     waiting_by_endpoint: HashMap<EndpointName, u64>,
     /// Where the journal ends after each request that the queue has not taken yet.
     unapplied: VecDeque<(Position, u64)>,
-}
-
-/// What a post came to.
-#[derive(Debug)]
-pub(super) struct Judged {
-    pub posted: Vec<Posted>,
-    pub ticket: Option<Ticket>,
-    /// Keys of duplicates whose first is not durable yet: they share its fate.
-    pub fate_of: Vec<EventKey>,
 }
 
 impl Admission {
@@ -393,83 +275,6 @@ impl Admission {
         Ok(self.stage(request).then_some(Ticket { done: receiver }))
     }
 
-    /// Stages what a request says of a customer. `Done(None)`: there is no such customer, and there must be.
-    ///
-    /// # Errors
-    /// The request is refused, and nothing changed.
-    pub(super) fn change(
-        &mut self,
-        plugin: Plugin,
-        web_token: &str,
-        hearing: &Hearing,
-        must_exist: bool,
-        now_s: u64,
-        withdraw: Option<oneshot::Sender<u64>>,
-    ) -> Result<Step<Option<Changed>>, Refusal> {
-        self.check_open()?;
-        let mut missing = HashSet::new();
-        self.collect_missing(plugin, web_token, hearing, &mut missing);
-        if !missing.is_empty() {
-            return Ok(self.missing(missing));
-        }
-        if must_exist && self.known(plugin, web_token, now_s).is_none() {
-            return Ok(Step::Done(None));
-        }
-        let (after, changes) = self.hear(plugin, web_token, hearing, now_s);
-        let (done, receiver) = oneshot::channel();
-        let mut request = self.begin(done);
-        self.remember(changes, &mut request);
-        if let Some(done) = withdraw.filter(|_| after.toggle == Toggle::Off) {
-            request.withdraw.push(WithdrawCustomer { plugin, web_token: web_token.to_owned(), done });
-        }
-        let ticket = self.stage(request).then_some(Ticket { done: receiver });
-        Ok(Step::Done(Some((after, ticket))))
-    }
-
-    /// Stages that a customer is forgotten at some plugins.
-    ///
-    /// # Errors
-    /// The request is refused, and nothing changed.
-    pub(super) fn forget(
-        &mut self,
-        plugins: &[Plugin],
-        web_token: &str,
-        mut withdraw: impl FnMut() -> oneshot::Sender<u64>,
-    ) -> Result<Step<Option<Ticket>>, Refusal> {
-        self.check_open()?;
-        let key = |plugin: &Plugin| StateKey::Customer(*plugin, web_token.to_owned());
-        let keys: Vec<StateKey> = plugins.iter().map(key).filter(|key| self.cache.get(key).is_none()).collect();
-        if !keys.is_empty() {
-            return Ok(self.missing(keys));
-        }
-        let (done, receiver) = oneshot::channel();
-        let mut request = self.begin(done);
-        for plugin in plugins {
-            let mut changes = vec![StateChange::DropCustomer { plugin: *plugin, web_token: web_token.to_owned() }];
-            if let Some(StateValue::Customer(Some(customer))) = self.cache.get(&key(plugin)).cloned() {
-                for kind in [NameKind::Customer, NameKind::Sdk] {
-                    changes.extend(customer.name(kind).map(|name| name_change(kind, *plugin, name, None)));
-                }
-            }
-            self.remember(changes, &mut request);
-            let (web_token, done) = (web_token.to_owned(), withdraw());
-            request.withdraw.push(WithdrawCustomer { plugin: *plugin, web_token, done });
-        }
-        let ticket = self.stage(request).then_some(Ticket { done: receiver });
-        Ok(Step::Done(ticket))
-    }
-
-    /// A customer that is remembered; the caller has seen to it that the row is here.
-    pub(super) fn known(&mut self, plugin: Plugin, web_token: &str, now_s: u64) -> Option<Customer> {
-        let forget_after_s = self.rules.forget_after_s;
-        match self.cache.get(&StateKey::Customer(plugin, web_token.to_owned())) {
-            Some(StateValue::Customer(Some(customer))) => {
-                Some(customer).filter(|customer| !customer.is_forgotten(now_s, forget_after_s)).map(|it| (**it).clone())
-            }
-            Some(StateValue::Customer(None) | StateValue::Name(_)) | None => None,
-        }
-    }
-
     /// What became of an event whose duplicate waits: `None` while it is not known.
     pub(super) fn fate(&self, key: EventKey) -> Option<Result<(), Refusal>> {
         let is_stored = self.ids.contains(key);
@@ -568,89 +373,4 @@ impl Admission {
         }
         request.done
     }
-
-    /// Which rows must be in the cache before a request about this customer can be decided.
-    fn collect_missing(&mut self, plugin: Plugin, web_token: &str, hearing: &Hearing, missing: &mut HashSet<StateKey>) {
-        let mut need = |cache: &mut StateCache, key: StateKey| -> Option<StateValue> {
-            let found = cache.get(&key).cloned();
-            if found.is_none() {
-                missing.insert(key);
-            }
-            found
-        };
-        need(&mut self.cache, StateKey::Customer(plugin, web_token.to_owned()));
-        for (kind, name) in names(hearing) {
-            let holder = need(&mut self.cache, StateKey::Name(kind, plugin, name.to_owned()));
-            if let Some(StateValue::Name(Some(other))) = holder
-                && other != web_token
-            {
-                need(&mut self.cache, StateKey::Customer(plugin, other));
-            }
-        }
-    }
-
-    /// The customer after `hearing`, and what changes. The rows are in the cache.
-    fn hear(&mut self, plugin: Plugin, web_token: &str, hearing: &Hearing, now_s: u64) -> (Customer, Vec<StateChange>) {
-        let before = self.known(plugin, web_token, now_s);
-        let base = before.clone().unwrap_or_else(|| Customer::new(web_token, plugin));
-        let after = base.after(hearing, now_s, self.rules.forget_after_s);
-        // In such an order that a crash in the middle leaves everybody to be found by the name that was acknowledged.
-        let mut changes = Vec::new();
-        let mut former = Vec::new();
-        for (kind, name) in names(hearing) {
-            if base.name(kind) == Some(name) && before.is_some() {
-                continue;
-            }
-            former.extend(base.name(kind).map(|old| name_change(kind, plugin, old, None)));
-            let holder = match self.cache.get(&StateKey::Name(kind, plugin, name.to_owned())) {
-                Some(StateValue::Name(holder)) => holder.clone(),
-                Some(StateValue::Customer(_)) | None => None,
-            };
-            if let Some(holder) = holder.filter(|holder| holder != web_token)
-                && let Some(mut other) = self.known(plugin, &holder, now_s)
-                && other.name(kind) == Some(name)
-            {
-                other.set_name(kind, None);
-                changes.push(StateChange::PutCustomer(other));
-            }
-            changes.push(name_change(kind, plugin, name, Some(web_token.to_owned())));
-        }
-        if before.as_ref() != Some(&after) {
-            changes.push(StateChange::PutCustomer(after.clone()));
-        }
-        changes.extend(former);
-        (after, changes)
-    }
-
-    /// Applies changes to the cache and stages them.
-    fn remember(&mut self, changes: Vec<StateChange>, request: &mut Request) {
-        for change in changes {
-            let (key, value) = match &change {
-                StateChange::PutCustomer(customer) => (
-                    StateKey::Customer(customer.plugin, customer.web_token.clone()),
-                    StateValue::Customer(Some(Box::new(customer.clone()))),
-                ),
-                StateChange::DropCustomer { plugin, web_token } => {
-                    (StateKey::Customer(*plugin, web_token.clone()), StateValue::Customer(None))
-                }
-                StateChange::Name { kind, plugin, name, web_token } => {
-                    (StateKey::Name(*kind, *plugin, name.clone()), StateValue::Name(web_token.clone()))
-                }
-                // Held whole, not in the cache: `set` and `use_nonce` see to them.
-                StateChange::Setting { .. } | StateChange::Nonce { .. } => continue,
-            };
-            request.undo.push(Undo::State(self.cache.put(key, value, request.ticket)));
-            request.staged.push(Staged::Other(Record::State(change).encode()));
-        }
-    }
-}
-
-fn name_change(kind: NameKind, plugin: Plugin, name: &str, web_token: Option<String>) -> StateChange {
-    StateChange::Name { kind, plugin, name: name.to_owned(), web_token }
-}
-
-fn names(hearing: &Hearing) -> impl Iterator<Item = (NameKind, &str)> {
-    [(NameKind::Customer, &hearing.customer_token), (NameKind::Sdk, &hearing.sdk_token)]
-        .into_iter()
-        .filter_map(|(kind, name)| name.as_deref().map(|name| (kind, name)))
 }

@@ -5,16 +5,21 @@
 //! That a letter is gone is a record of the journal; what the journal says is written to `N.gone` before a checkpoint
 //! covers it.
 
+mod file;
+mod id;
+#[cfg(test)]
+mod tests;
+
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use self::file::{Bits, DeadFile, ENTRY, Entry, GONE_ENTRY, gone_crc, gone_place, numbers, read_if_there};
+pub use self::id::LetterId;
 use super::codec::{self, Dead, Record};
 use super::segment::{self, Frame};
 use crate::domain::endpoint::EndpointName;
@@ -24,56 +29,8 @@ use crate::domain::keys::{HashKey, LaneKey};
 const FILE_BYTES: u32 = 16 << 20;
 /// And after this part of `dead_letters.keep`, so that what expires goes soon after.
 const FILE_PARTS: u64 = 14;
-/// Bytes of an index entry: offset 4, second of burial 4, endpoint 8, hash of the customer 8.
-const ENTRY: usize = 24;
-/// Bytes of an entry of what is gone: place 4, checksum of file and place 4.
-const GONE_ENTRY: usize = 8;
 /// Index entries read at once.
 const CHUNK: u32 = 4_096;
-
-/// A letter's name: its file and its place there. Later letters have greater names.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct LetterId {
-    file: u64,
-    place: u32,
-}
-
-impl LetterId {
-    /// Before every letter.
-    pub const FIRST: LetterId = LetterId { file: 0, place: 0 };
-
-    /// The first name after this one.
-    pub(super) fn next(self) -> LetterId {
-        match self.place.checked_add(1) {
-            Some(place) => LetterId { place, ..self },
-            None => LetterId { file: self.file.saturating_add(1), place: 0 },
-        }
-    }
-}
-
-impl fmt::Display for LetterId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}-{}", self.file, self.place)
-    }
-}
-
-/// The text is no name of a letter.
-#[derive(Debug, thiserror::Error)]
-#[error("a dead letter is named like 3-17")]
-pub struct BadLetterId;
-
-impl FromStr for LetterId {
-    type Err = BadLetterId;
-
-    fn from_str(text: &str) -> Result<LetterId, BadLetterId> {
-        let (file, place) = text.split_once('-').ok_or(BadLetterId)?;
-        let is_number = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
-        if !is_number(file) || !is_number(place) {
-            return Err(BadLetterId);
-        }
-        Ok(LetterId { file: file.parse().map_err(|_| BadLetterId)?, place: place.parse().map_err(|_| BadLetterId)? })
-    }
-}
 
 /// Which letters are meant.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -90,46 +47,6 @@ pub(super) struct DeadMark {
     files: Vec<(u64, u32)>,
     /// The highest number that a file has had: none is used twice.
     last: u64,
-}
-
-#[derive(Debug)]
-struct DeadFile {
-    number: u64,
-    len: u32,
-    begun_ms: u64,
-    newest_ms: u64,
-    letters: u32,
-    /// Letters that are gone.
-    gone: Bits,
-    /// Those of them that are in `N.gone`.
-    written: Bits,
-    /// Letters that are there, by endpoint.
-    counts: BTreeMap<u64, u64>,
-}
-
-#[derive(Clone, Copy)]
-struct Entry {
-    offset: u32,
-    second: u32,
-    endpoint: u64,
-    customer: u64,
-}
-
-impl Entry {
-    fn to_bytes(self) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(ENTRY);
-        bytes.extend_from_slice(&self.offset.to_le_bytes());
-        bytes.extend_from_slice(&self.second.to_le_bytes());
-        bytes.extend_from_slice(&self.endpoint.to_le_bytes());
-        bytes.extend_from_slice(&self.customer.to_le_bytes());
-        bytes
-    }
-
-    fn read(bytes: &[u8]) -> Option<Entry> {
-        let word = |at: usize| Some(u32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?));
-        let long = |at: usize| Some(u64::from_le_bytes(bytes.get(at..at + 8)?.try_into().ok()?));
-        Some(Entry { offset: word(0)?, second: word(4)?, endpoint: long(8)?, customer: long(16)? })
-    }
 }
 
 /// All dead letters.
@@ -506,181 +423,5 @@ impl DeadLetters {
 
     fn file_mut(&mut self, number: u64) -> Option<&mut DeadFile> {
         self.files.iter_mut().find(|file| file.number == number)
-    }
-}
-
-impl DeadFile {
-    fn count(&mut self, endpoint: u64, buried_ms: u64) {
-        self.letters += 1;
-        *self.counts.entry(endpoint).or_default() += 1;
-        self.newest_ms = self.newest_ms.max(buried_ms);
-        self.begun_ms = self.begun_ms.min(buried_ms);
-    }
-
-    fn uncount(&mut self, endpoint: u64) {
-        if let Some(count) = self.counts.get_mut(&endpoint) {
-            *count = count.saturating_sub(1);
-        }
-        self.counts.retain(|_, count| *count > 0);
-    }
-}
-
-/// A bit for each letter of a file.
-#[derive(Debug, Default)]
-struct Bits {
-    words: Vec<u64>,
-    count: u32,
-}
-
-impl Bits {
-    fn has(&self, place: u32) -> bool {
-        self.words.get(place as usize / 64).is_some_and(|word| word >> (place % 64) & 1 == 1)
-    }
-
-    /// Says whether it was not set before.
-    fn set(&mut self, place: u32) -> bool {
-        if self.has(place) {
-            return false;
-        }
-        let word = place as usize / 64;
-        if self.words.len() <= word {
-            self.words.resize(word + 1, 0);
-        }
-        if let Some(word) = self.words.get_mut(word) {
-            *word |= 1 << (place % 64);
-        }
-        self.count += 1;
-        true
-    }
-
-    fn clear(&mut self, place: u32) {
-        if self.has(place)
-            && let Some(word) = self.words.get_mut(place as usize / 64)
-        {
-            *word &= !(1 << (place % 64));
-            self.count -= 1;
-        }
-    }
-}
-
-fn gone_crc(file: u64, place: u32) -> u32 {
-    crc32c::crc32c(&[file.to_le_bytes().as_slice(), &place.to_le_bytes()].concat())
-}
-
-/// The place that an entry of `N.gone` names; `None` when it is damaged or torn.
-fn gone_place(file: u64, entry: &[u8]) -> Option<u32> {
-    let place = u32::from_le_bytes(entry.get(..4)?.try_into().ok()?);
-    let crc = u32::from_le_bytes(entry.get(4..8)?.try_into().ok()?);
-    (gone_crc(file, place) == crc).then_some(place)
-}
-
-fn read_if_there(path: &Path) -> io::Result<Vec<u8>> {
-    match std::fs::read(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
-        other => other,
-    }
-}
-
-fn numbers(dir: &Path) -> io::Result<Vec<u64>> {
-    let mut numbers = Vec::new();
-    for entry in std::fs::read_dir(dir)? {
-        numbers.extend(entry?.file_name().to_str().and_then(segment::number));
-    }
-    numbers.sort_unstable();
-    Ok(numbers)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::domain::outcome::DeathReason;
-
-    fn letter(seq: u64, endpoint: u64, buried_ms: u64) -> Dead<'static> {
-        Dead {
-            seq,
-            reason: DeathReason::Gone,
-            buried_ms,
-            attempts: 1,
-            event: None,
-            endpoint: EndpointName::from_number(endpoint),
-            problem: None,
-        }
-    }
-
-    fn open(path: &Path, mark: &DeadMark, max: u64) -> (DeadLetters, DeadFound) {
-        DeadLetters::open(path.to_owned(), mark, HashKey([7; 16]), (1_400, max)).unwrap()
-    }
-
-    #[test]
-    fn letters_are_counted_expire_and_are_bounded() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("dead");
-        let (mut letters, _) = open(&path, &DeadMark::default(), 3);
-        letters.bury(&[letter(1, 7, 0), letter(2, 0, 0)], 0).unwrap();
-        let mark = letters.mark();
-        for n in 0..5 {
-            letters.bury(&[letter(10 + n, 7, 200_000 * n)], 200_000 * n).unwrap();
-        }
-        assert_eq!(letters.counts(), BTreeMap::from([(0, 1), (7, 6)]));
-        drop(letters);
-        // What came after the mark is found again.
-        let (mut letters, found) = open(&path, &mark, 3);
-        let seqs: Vec<u64> = found.events.iter().map(|(_, _, seq)| *seq).collect();
-        assert_eq!(seqs, [10, 11, 12, 13, 14]);
-        assert_eq!(letters.expire(800_000).unwrap(), BTreeMap::from([(7, 3)]));
-        assert_eq!(letters.counts(), BTreeMap::from([(0, 1), (7, 3)]));
-        let gone = letters.expire(2_000_000).unwrap();
-        assert_eq!(gone.get(&0), Some(&1));
-        letters.expire(10_000_000).unwrap();
-        assert!(letters.counts().values().all(|count| *count == 0));
-        assert_eq!(std::fs::read_dir(&path).unwrap().count(), 0);
-    }
-
-    #[test]
-    fn a_letter_is_taken_once_and_stays_gone_over_a_start() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("dead");
-        let (mut letters, _) = open(&path, &DeadMark::default(), 0);
-        let all: Vec<Dead<'_>> = (0..200).map(|n| letter(n, n % 3, 0)).collect();
-        letters.bury(&all, 0).unwrap();
-        let of = |endpoint: u64| LetterFilter { endpoint: Some(EndpointName::from_number(endpoint)), web_token: None };
-        let ids = letters.find(&of(1), LetterId::FIRST, 1_000).unwrap();
-        assert_eq!(ids.len(), 67);
-        let (first, offset) = ids[0];
-        assert_eq!(letters.offset(first).unwrap(), Some(offset));
-        assert!(letters.take(first).unwrap() && !letters.take(first).unwrap());
-        letters.put_back(first);
-        assert!(letters.take(first).unwrap(), "it was put back");
-        letters.write_gone(&[first]).unwrap();
-        letters.sync_gone().unwrap();
-        assert_eq!(letters.counts().get(&1), Some(&66));
-        let mark = letters.mark();
-        drop(letters);
-        let index = segment::path(&path, 1).with_extension("idx");
-        let whole = std::fs::read(&index).unwrap();
-        assert_eq!(whole.len(), 200 * ENTRY);
-        for has_index in [true, false, true] {
-            if !has_index {
-                std::fs::remove_file(&index).unwrap();
-            }
-            let (letters, found) = open(&path, &mark, 0);
-            assert!(found.events.is_empty());
-            assert_eq!(letters.counts(), BTreeMap::from([(0, 67), (1, 66), (2, 66)]), "with its index: {has_index}");
-            assert_eq!(letters.find(&of(1), LetterId::FIRST, 1).unwrap()[0].0, ids[1].0);
-            assert_eq!(letters.offset(first).unwrap(), None);
-            assert_eq!(std::fs::read(&index).unwrap(), whole, "with its index: {has_index}");
-            // The next start finds zeros where its end was.
-            let zeros = [&whole[..50 * ENTRY], &[0; 150 * ENTRY]].concat();
-            std::fs::write(&index, zeros).unwrap();
-        }
-    }
-
-    #[test]
-    fn names_read_back_as_they_are_shown() {
-        let id = LetterId { file: 3, place: 17 };
-        assert_eq!(id.to_string().parse::<LetterId>().unwrap(), id);
-        for text in ["", "3", "3-", "-1", "3-17-1", "a-b", "3-+1"] {
-            assert!(text.parse::<LetterId>().is_err(), "{text}");
-        }
     }
 }

@@ -1,0 +1,187 @@
+//! What is remembered of customers: heard with events, changed by calls, forgotten.
+
+use std::collections::HashSet;
+
+use tokio::sync::oneshot;
+
+use super::{Admission, Changed, Refusal, Request, Staged, Step, Ticket, Undo, WithdrawCustomer};
+use crate::domain::customer::{Customer, Hearing, NameKind, Toggle};
+use crate::domain::endpoint::Plugin;
+use crate::store::codec::{Record, StateChange};
+use crate::store::state::{StateCache, StateKey, StateValue};
+
+impl Admission {
+    /// Stages what a request says of a customer. `Done(None)`: there is no such customer, and there must be.
+    ///
+    /// # Errors
+    /// The request is refused, and nothing changed.
+    pub(in crate::store) fn change(
+        &mut self,
+        plugin: Plugin,
+        web_token: &str,
+        hearing: &Hearing,
+        must_exist: bool,
+        now_s: u64,
+        withdraw: Option<oneshot::Sender<u64>>,
+    ) -> Result<Step<Option<Changed>>, Refusal> {
+        self.check_open()?;
+        let mut missing = HashSet::new();
+        self.collect_missing(plugin, web_token, hearing, &mut missing);
+        if !missing.is_empty() {
+            return Ok(self.missing(missing));
+        }
+        if must_exist && self.known(plugin, web_token, now_s).is_none() {
+            return Ok(Step::Done(None));
+        }
+        let (after, changes) = self.hear(plugin, web_token, hearing, now_s);
+        let (done, receiver) = oneshot::channel();
+        let mut request = self.begin(done);
+        self.remember(changes, &mut request);
+        if let Some(done) = withdraw.filter(|_| after.toggle == Toggle::Off) {
+            request.withdraw.push(WithdrawCustomer { plugin, web_token: web_token.to_owned(), done });
+        }
+        let ticket = self.stage(request).then_some(Ticket { done: receiver });
+        Ok(Step::Done(Some((after, ticket))))
+    }
+
+    /// Stages that a customer is forgotten at some plugins.
+    ///
+    /// # Errors
+    /// The request is refused, and nothing changed.
+    pub(in crate::store) fn forget(
+        &mut self,
+        plugins: &[Plugin],
+        web_token: &str,
+        mut withdraw: impl FnMut() -> oneshot::Sender<u64>,
+    ) -> Result<Step<Option<Ticket>>, Refusal> {
+        self.check_open()?;
+        let key = |plugin: &Plugin| StateKey::Customer(*plugin, web_token.to_owned());
+        let keys: Vec<StateKey> = plugins.iter().map(key).filter(|key| self.cache.get(key).is_none()).collect();
+        if !keys.is_empty() {
+            return Ok(self.missing(keys));
+        }
+        let (done, receiver) = oneshot::channel();
+        let mut request = self.begin(done);
+        for plugin in plugins {
+            let mut changes = vec![StateChange::DropCustomer { plugin: *plugin, web_token: web_token.to_owned() }];
+            if let Some(StateValue::Customer(Some(customer))) = self.cache.get(&key(plugin)).cloned() {
+                for kind in [NameKind::Customer, NameKind::Sdk] {
+                    changes.extend(customer.name(kind).map(|name| name_change(kind, *plugin, name, None)));
+                }
+            }
+            self.remember(changes, &mut request);
+            let (web_token, done) = (web_token.to_owned(), withdraw());
+            request.withdraw.push(WithdrawCustomer { plugin: *plugin, web_token, done });
+        }
+        let ticket = self.stage(request).then_some(Ticket { done: receiver });
+        Ok(Step::Done(ticket))
+    }
+
+    /// A customer that is remembered; the caller has seen to it that the row is here.
+    pub(in crate::store) fn known(&mut self, plugin: Plugin, web_token: &str, now_s: u64) -> Option<Customer> {
+        let forget_after_s = self.rules.forget_after_s;
+        match self.cache.get(&StateKey::Customer(plugin, web_token.to_owned())) {
+            Some(StateValue::Customer(Some(customer))) => {
+                Some(customer).filter(|customer| !customer.is_forgotten(now_s, forget_after_s)).map(|it| (**it).clone())
+            }
+            Some(StateValue::Customer(None) | StateValue::Name(_)) | None => None,
+        }
+    }
+
+    /// Which rows must be in the cache before a request about this customer can be decided.
+    pub(super) fn collect_missing(
+        &mut self,
+        plugin: Plugin,
+        web_token: &str,
+        hearing: &Hearing,
+        missing: &mut HashSet<StateKey>,
+    ) {
+        let mut need = |cache: &mut StateCache, key: StateKey| -> Option<StateValue> {
+            let found = cache.get(&key).cloned();
+            if found.is_none() {
+                missing.insert(key);
+            }
+            found
+        };
+        need(&mut self.cache, StateKey::Customer(plugin, web_token.to_owned()));
+        for (kind, name) in names(hearing) {
+            let holder = need(&mut self.cache, StateKey::Name(kind, plugin, name.to_owned()));
+            if let Some(StateValue::Name(Some(other))) = holder
+                && other != web_token
+            {
+                need(&mut self.cache, StateKey::Customer(plugin, other));
+            }
+        }
+    }
+
+    /// The customer after `hearing`, and what changes. The rows are in the cache.
+    pub(super) fn hear(
+        &mut self,
+        plugin: Plugin,
+        web_token: &str,
+        hearing: &Hearing,
+        now_s: u64,
+    ) -> (Customer, Vec<StateChange>) {
+        let before = self.known(plugin, web_token, now_s);
+        let base = before.clone().unwrap_or_else(|| Customer::new(web_token, plugin));
+        let after = base.after(hearing, now_s, self.rules.forget_after_s);
+        // In such an order that a crash in the middle leaves everybody to be found by the name that was acknowledged.
+        let mut changes = Vec::new();
+        let mut former = Vec::new();
+        for (kind, name) in names(hearing) {
+            if base.name(kind) == Some(name) && before.is_some() {
+                continue;
+            }
+            former.extend(base.name(kind).map(|old| name_change(kind, plugin, old, None)));
+            let holder = match self.cache.get(&StateKey::Name(kind, plugin, name.to_owned())) {
+                Some(StateValue::Name(holder)) => holder.clone(),
+                Some(StateValue::Customer(_)) | None => None,
+            };
+            if let Some(holder) = holder.filter(|holder| holder != web_token)
+                && let Some(mut other) = self.known(plugin, &holder, now_s)
+                && other.name(kind) == Some(name)
+            {
+                other.set_name(kind, None);
+                changes.push(StateChange::PutCustomer(other));
+            }
+            changes.push(name_change(kind, plugin, name, Some(web_token.to_owned())));
+        }
+        if before.as_ref() != Some(&after) {
+            changes.push(StateChange::PutCustomer(after.clone()));
+        }
+        changes.extend(former);
+        (after, changes)
+    }
+
+    /// Applies changes to the cache and stages them.
+    pub(super) fn remember(&mut self, changes: Vec<StateChange>, request: &mut Request) {
+        for change in changes {
+            let (key, value) = match &change {
+                StateChange::PutCustomer(customer) => (
+                    StateKey::Customer(customer.plugin, customer.web_token.clone()),
+                    StateValue::Customer(Some(Box::new(customer.clone()))),
+                ),
+                StateChange::DropCustomer { plugin, web_token } => {
+                    (StateKey::Customer(*plugin, web_token.clone()), StateValue::Customer(None))
+                }
+                StateChange::Name { kind, plugin, name, web_token } => {
+                    (StateKey::Name(*kind, *plugin, name.clone()), StateValue::Name(web_token.clone()))
+                }
+                // Held whole, not in the cache: `set` and `use_nonce` see to them.
+                StateChange::Setting { .. } | StateChange::Nonce { .. } => continue,
+            };
+            request.undo.push(Undo::State(self.cache.put(key, value, request.ticket)));
+            request.staged.push(Staged::Other(Record::State(change).encode()));
+        }
+    }
+}
+
+fn name_change(kind: NameKind, plugin: Plugin, name: &str, web_token: Option<String>) -> StateChange {
+    StateChange::Name { kind, plugin, name: name.to_owned(), web_token }
+}
+
+fn names(hearing: &Hearing) -> impl Iterator<Item = (NameKind, &str)> {
+    [(NameKind::Customer, &hearing.customer_token), (NameKind::Sdk, &hearing.sdk_token)]
+        .into_iter()
+        .filter_map(|(kind, name)| name.as_deref().map(|name| (kind, name)))
+}
