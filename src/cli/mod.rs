@@ -6,6 +6,7 @@ mod demo;
 mod http;
 mod operate;
 mod receiver;
+mod show;
 mod store;
 mod table;
 mod verify;

@@ -12,7 +12,7 @@ use super::journal::SegmentFile;
 use super::keeper::Freed;
 use super::queue::{BLOCK_EVENTS, IndexEntry, Queue, QueueError};
 use super::segment::{self, Frame};
-use super::{Compacted, Inner, Notice, Snapshot, recover};
+use super::{Compacted, Inner, Notice, Snapshot, disk, recover};
 use crate::domain::backlog::{GroupMark, first_seq};
 use crate::domain::keys::LaneKey;
 
@@ -28,7 +28,7 @@ pub(super) fn compact(inner: &Inner, queue: &Queue, snapshot: &Snapshot, freed: 
         if mark.segment >= snapshot.position.segment || freed.contains(&mark.segment) {
             continue;
         }
-        let path = segment::path(&recover::journal_dir(&inner.settings.dir), mark.segment);
+        let path = segment::path(&disk::journal_dir(&inner.settings.dir), mark.segment);
         let len = std::fs::metadata(path)?.len();
         sizes.push((len, mark.live_bytes.min(len), mark));
     }
@@ -56,7 +56,7 @@ fn rewrite(inner: &Inner, queue: &Queue, mark: &GroupMark) -> Result<(), QueueEr
     }) else {
         return Ok(());
     };
-    let dir = recover::journal_dir(&inner.settings.dir);
+    let dir = disk::journal_dir(&inner.settings.dir);
     let temporary = dir.join("compacting");
     let file = File::options().read(true).write(true).create(true).truncate(true).open(&temporary)?;
     let generation = old.generation + 1;

@@ -18,7 +18,7 @@ use super::open_queue;
 use super::queue::{self, Queue, QueueError};
 use super::segment;
 use super::state_log::StateLog;
-use super::{Inner, Notice, Position, Snapshot, lock, recover, state};
+use super::{Inner, Notice, Position, Snapshot, disk, lock, state};
 use crate::clock;
 use crate::domain::customer::Customer;
 
@@ -226,7 +226,7 @@ impl<'a> Keeper<'a> {
     /// Everything that is done once a second.
     fn tick(&mut self) {
         let inner = self.inner;
-        let free = recover::free_bytes(&inner.settings.dir).unwrap_or(u64::MAX);
+        let free = disk::free_bytes(&inner.settings.dir).unwrap_or(u64::MAX);
         inner.free_bytes.store(free, Ordering::Relaxed);
         let is_low = free < inner.settings.free_min;
         let was_low = std::mem::replace(&mut lock(&inner.admission).is_disk_low, is_low);
@@ -234,7 +234,7 @@ impl<'a> Keeper<'a> {
             tracing::warn!(free, floor = inner.settings.free_min, is_low, "free space of the data directory");
         }
         if !is_low {
-            recover::keep_reserve(&inner.settings.dir);
+            disk::keep_reserve(&inner.settings.dir);
             self.prepare_spare();
         }
         // What the relay noted since the last group waits for a sync: so that rows are never far behind.
@@ -268,7 +268,7 @@ impl<'a> Keeper<'a> {
 
     /// Creates the next segment's file ahead, so that beginning it costs no allocation.
     fn prepare_spare(&self) {
-        let dir = recover::journal_dir(&self.inner.settings.dir);
+        let dir = disk::journal_dir(&self.inner.settings.dir);
         let spare = dir.join(SPARE);
         if spare.exists() {
             return;
@@ -340,7 +340,7 @@ impl<'a> Keeper<'a> {
     }
 
     fn remove(&self, queue: &Queue, freed: &[u64]) -> Result<(), QueueError> {
-        let dir = recover::journal_dir(&self.inner.settings.dir);
+        let dir = disk::journal_dir(&self.inner.settings.dir);
         for number in freed {
             let (slot, generation) = {
                 let segments = self.inner.segments.read().unwrap_or_else(PoisonError::into_inner);

@@ -23,6 +23,7 @@ mod codec;
 mod compact;
 mod customers;
 mod dead_letters;
+mod disk;
 mod ids;
 mod journal;
 mod keeper;
@@ -332,7 +333,7 @@ impl Store {
     /// Bytes of the data directory's files.
     #[must_use]
     pub fn bytes(&self) -> u64 {
-        recover::bytes_below(&self.inner.settings.dir)
+        disk::bytes_below(&self.inner.settings.dir)
     }
 
     /// Judges by other rules from now on; how long and how many ids and customers are known stays as it was at the

@@ -8,7 +8,7 @@ use tokio::sync::mpsc;
 
 use super::admission::Request;
 use super::journal::{self, Begun, Writer};
-use super::{Answers, Inner, Item, Notice, Refusal, lock, recover};
+use super::{Answers, Inner, Item, Notice, Refusal, disk, lock};
 
 impl Inner {
     pub(super) fn note(&self, bodies: Vec<Vec<u8>>) {
@@ -18,7 +18,7 @@ impl Inner {
             Ok(()) => {}
             Err(error) => {
                 // Room for just this is held ready.
-                recover::release_reserve(&self.settings.dir);
+                disk::release_reserve(&self.settings.dir);
                 if let Err(error) = writer.note(Vec::new()) {
                     self.failed("append", &error);
                 }

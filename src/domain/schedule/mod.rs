@@ -17,6 +17,8 @@ mod reports;
 #[cfg(test)]
 mod sim;
 mod starts;
+#[cfg(test)]
+mod tests;
 mod views;
 
 use std::cmp::Reverse;

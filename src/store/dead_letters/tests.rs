@@ -1,5 +1,7 @@
 //! Dead letters over starts, expiry and bounds.
 
+use std::path::Path;
+
 use super::*;
 use crate::domain::outcome::DeathReason;
 

@@ -6,6 +6,8 @@
 //! 3. The rest of the journal is applied to its rows, and replayed for what waits.
 //! 4. A new segment will be begun: no old one is ever appended to.
 
+mod loading;
+
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
@@ -16,27 +18,25 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 
+use self::loading::Loading;
+pub(super) use self::loading::index_entry;
 use super::admission::Admission;
 use super::applier::{Applier, RetryRow};
 use super::checkpoint::{Checkpoint, Live};
 use super::codec::Record;
 use super::dead_letters::{DeadLetters, DeadMark};
+use super::disk::{RESERVE_BYTES, free_bytes, journal_dir, release_reserve};
 use super::ids::Ids;
 use super::journal::{SegmentFile, Writer};
 use super::keeper::Keeper;
 use super::open_queue::Opener;
-use super::queue::{self, BLOCK_EVENTS, ID_ROW, IndexEntry, Queue, QueueError};
-use super::segment::{self, Frame};
+use super::queue::{self, ID_ROW, Queue, QueueError};
+use super::segment::{self};
 use super::{Inner, Notice, Position, SEGMENT_BYTES, Segments, Settings, Store, Threads};
 use crate::clock;
-use crate::domain::backlog::{Handle, first_seq};
-use crate::domain::endpoint::EndpointName;
 use crate::domain::keys::{EventKey, HashKey, LaneKey};
 use crate::domain::schedule::Schedule;
 use crate::metrics::StoreMetrics;
-
-/// Room held ready for settlements when another program takes the last byte.
-const RESERVE_BYTES: u64 = 8 << 20;
 
 /// Why a data directory could not be opened. Nothing in it was lost by trying.
 #[derive(Debug, thiserror::Error)]
@@ -55,41 +55,6 @@ pub enum OpenError {
     /// sled cannot be opened for want of space, or cannot even be built anew.
     #[error("the queue could not be opened: {0}")]
     Queue(String),
-}
-
-pub(super) fn journal_dir(dir: &Path) -> PathBuf {
-    dir.join("journal")
-}
-
-/// Free space for unprivileged users, bytes.
-pub(super) fn free_bytes(dir: &Path) -> io::Result<u64> {
-    let stat = rustix::fs::statvfs(dir)?;
-    Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
-}
-
-/// Bytes of all files below a directory.
-pub(super) fn bytes_below(dir: &Path) -> u64 {
-    let Ok(entries) = std::fs::read_dir(dir) else { return 0 };
-    let size = |entry: std::fs::DirEntry| match entry.metadata() {
-        Ok(metadata) if metadata.is_dir() => bytes_below(&entry.path()),
-        Ok(metadata) => metadata.len(),
-        Err(_) => 0,
-    };
-    entries.flatten().map(size).sum()
-}
-
-/// Sees to it that the reserve is there.
-pub(super) fn keep_reserve(dir: &Path) {
-    let path = dir.join("reserve");
-    if !path.exists() {
-        // It comes with the next second if not now.
-        drop(segment::create(&path, RESERVE_BYTES));
-    }
-}
-
-/// Gives the reserve's room back to the file system.
-pub(super) fn release_reserve(dir: &Path) {
-    drop(std::fs::remove_file(dir.join("reserve")));
 }
 
 /// A segment as found at start.
@@ -444,152 +409,6 @@ impl Opening<'_> {
             }
         }
     }
-}
-
-/// One segment on its way into the schedule.
-struct Loading<'a> {
-    found: &'a Found,
-    slot: u16,
-    /// Before this, the checkpoint says what waits.
-    covered: Position,
-    segments: &'a Segments,
-}
-
-impl Loading<'_> {
-    fn is_covered(&self, offset: u32) -> bool {
-        Position { segment: self.found.number, offset } < self.covered
-    }
-
-    /// Adds the events before the checkpoint that wait, by the index rows, or by the segment itself where those are
-    /// missing.
-    fn load_covered(&self, queue: &Queue, schedule: &mut Schedule, metrics: &StoreMetrics) -> io::Result<()> {
-        if !self.is_covered(0) {
-            return Ok(());
-        }
-        let waits = self.found.waits.as_ref().map(Live::unpack);
-        // A segment that the checkpoint does not list: only with an older checkpoint. All of it waits.
-        let waits = |seq: u64| waits.as_ref().is_none_or(|waits| waits(seq - first_seq(self.found.number)));
-        match self.index_rows(queue) {
-            Ok(rows) => {
-                for entry in rows.iter().filter(|entry| self.is_covered(entry.offset)) {
-                    self.add(schedule, entry, waits(entry.seq));
-                }
-            }
-            Err(error) => {
-                // A compaction that a crash cut off has a file and no rows.
-                if self.found.generation == 0 {
-                    tracing::error!(segment = self.found.number, %error, "index rows are damaged: reading the segment");
-                    metrics.damaged("queue", 1);
-                }
-                let end = if self.found.number == self.covered.segment {
-                    self.covered.offset.min(self.found.end)
-                } else {
-                    self.found.end
-                };
-                segment::scan_synced(&self.found.file, self.found.number, 0, end, |frame| {
-                    if let Some(entry) = index_entry(frame) {
-                        self.add(schedule, &entry, waits(entry.seq));
-                    }
-                })?;
-            }
-        }
-        Ok(())
-    }
-
-    fn index_rows(&self, queue: &Queue) -> Result<Vec<IndexEntry>, QueueError> {
-        let mut rows = Vec::new();
-        for block in 0.. {
-            match queue.block(self.found.number, self.found.generation, block)? {
-                Some(entries) => {
-                    let is_last = entries.len() < BLOCK_EVENTS;
-                    rows.extend(entries);
-                    if is_last {
-                        break;
-                    }
-                }
-                None => break,
-            }
-        }
-        // What waits beyond the rows' end would be lost: then the rows are not to be believed.
-        let places = self.found.waits.as_ref().map(Live::highest).unwrap_or_default();
-        let indexed = rows.last().map_or(0, |last| last.seq - first_seq(self.found.number) + 1);
-        if places > indexed {
-            return Err(QueueError::Damaged("index rows are missing"));
-        }
-        Ok(rows)
-    }
-
-    /// Adds what came after the checkpoint, and takes out what ended after it.
-    fn replay(&self, schedule: &mut Schedule) -> io::Result<()> {
-        let from = if self.is_covered(0) {
-            if self.covered.segment != self.found.number {
-                return Ok(());
-            }
-            self.covered.offset
-        } else {
-            0
-        };
-        if from >= self.found.end {
-            return Ok(());
-        }
-        segment::scan_synced(&self.found.file, self.found.number, from, self.found.end, |frame| match Record::decode(
-            frame.body(),
-        ) {
-            Some(Record::Accepted(_)) => {
-                if let Some(entry) = index_entry(frame) {
-                    self.add(schedule, &entry, true);
-                }
-            }
-            Some(Record::Settled(settled)) => {
-                let events: Vec<Handle> = settled
-                    .seqs
-                    .iter()
-                    .filter_map(|seq| {
-                        let number = seq >> crate::domain::backlog::PLACE_BITS;
-                        schedule.backlog.find(*self.segments.slots.get(&number)?, *seq)
-                    })
-                    .collect();
-                schedule.settled_before(settled.lane, &events, 0);
-            }
-            Some(Record::State(_) | Record::Opened(_) | Record::Deferred(_) | Record::Sealed { .. })
-            | Some(Record::Dead(_) | Record::Gone(_))
-            | None => {}
-        })?;
-        Ok(())
-    }
-
-    fn add(&self, schedule: &mut Schedule, entry: &IndexEntry, waits: bool) {
-        let place = entry.seq.saturating_sub(first_seq(self.found.number));
-        let is_sparse = schedule.backlog.group(self.slot).is_some_and(|group| group.len() as u64 != place);
-        let seq = is_sparse.then_some(entry.seq);
-        // A segment with a gap is kept by number from there on.
-        if is_sparse {
-            schedule.backlog.make_sparse(self.slot);
-        }
-        let seq = seq.or_else(|| schedule.backlog.is_sparse(self.slot).then_some(entry.seq));
-        let Some(handle) = schedule.backlog.append(self.slot, seq, entry.offset, entry.second, entry.len) else {
-            return;
-        };
-        if waits {
-            let endpoint = EndpointName::from_number(entry.endpoint);
-            schedule.appended(handle, LaneKey(entry.lane), endpoint, 0);
-        } else {
-            schedule.backlog.settle(handle);
-        }
-    }
-}
-
-/// What an index row says of an event; `None` for any other record.
-pub(super) fn index_entry(frame: &Frame) -> Option<IndexEntry> {
-    let event = Record::decode(frame.body())?.into_event()?;
-    Some(IndexEntry {
-        seq: frame.header.seq,
-        lane: event.lane.0,
-        endpoint: event.endpoint.number(),
-        offset: frame.header.offset,
-        second: (event.accepted_ms / 1_000) as u32,
-        len: frame.header.frame_len() as u32,
-    })
 }
 
 const _: () = assert!(SEGMENT_BYTES < u32::MAX / 2);

@@ -1,0 +1,146 @@
+//! Answers of the relay, for people.
+
+use std::io::{self, Write as _};
+
+use serde_json::Value;
+
+use super::table::{self, moment, span, state};
+use crate::clock;
+
+pub(super) fn text<'a>(value: &'a Value, name: &str) -> &'a str {
+    value.get(name).and_then(Value::as_str).unwrap_or("")
+}
+
+pub(super) fn number(value: &Value, name: &str) -> u64 {
+    value.get(name).and_then(Value::as_u64).unwrap_or(0)
+}
+
+pub(super) fn real(value: &Value, name: &str) -> f64 {
+    value.get(name).and_then(Value::as_f64).unwrap_or(0.0)
+}
+
+pub(super) fn items<'a>(value: &'a Value, name: &str) -> &'a [Value] {
+    value.get(name).and_then(Value::as_array).map_or(&[], Vec::as_slice)
+}
+
+pub(super) fn show_status(status: &Value) -> io::Result<()> {
+    let part = |name: &str| status.get(name).cloned().unwrap_or_default();
+    let (outbox, disk, config) = (part("outbox"), part("disk"), part("config"));
+    let gib = |bytes: u64| format!("{:.1} GiB", bytes as f64 / f64::from(1 << 30));
+    let mut out = io::stdout();
+    writeln!(out, "h5push-relay {}, up for {}", text(status, "version"), span(real(status, "uptime_seconds")))?;
+    writeln!(
+        out,
+        "{} events wait, the oldest for {}; {} dead letters; {} free of which {} are a reserve",
+        number(&outbox, "events"),
+        span(real(&outbox, "oldest_age_seconds")),
+        number(status, "dead_letters"),
+        gib(number(&disk, "free_bytes")),
+        gib(number(&disk, "floor_bytes")),
+    )?;
+    if !text(&config, "error").is_empty() {
+        writeln!(out, "The last reload failed, and the config of before is in effect: {}", text(&config, "error"))?;
+    }
+    writeln!(out)?;
+    let row = |endpoint: &Value| {
+        vec![
+            text(endpoint, "name").to_owned(),
+            state(text(endpoint, "state")),
+            number(endpoint, "events").to_string(),
+            span(real(endpoint, "oldest_age_seconds")),
+            number(endpoint, "in_flight").to_string(),
+            number(endpoint, "dead_letters").to_string(),
+            text(endpoint, "last_error").to_owned(),
+        ]
+    };
+    let rows: Vec<Vec<String>> = items(status, "endpoints").iter().map(row).collect();
+    if rows.is_empty() {
+        return writeln!(out, "There is no endpoint yet: h5push-relay endpoints set default --url https://…");
+    }
+    table::print(&["endpoint", "state", "events", "oldest", "in flight", "dead", "last error"], &rows)
+}
+
+pub(super) fn show_endpoints(list: &Value) -> io::Result<()> {
+    let row = |endpoint: &Value| {
+        let headers: Vec<&str> = items(endpoint, "headers").iter().filter_map(Value::as_str).collect();
+        vec![
+            text(endpoint, "name").to_owned(),
+            state(text(endpoint, "state")),
+            text(endpoint, "source").to_owned(),
+            real(endpoint, "rate_per_second").to_string(),
+            number(endpoint, "burst").to_string(),
+            number(endpoint, "concurrency").to_string(),
+            if endpoint.get("signed") == Some(&Value::Bool(true)) { "yes" } else { "no" }.to_owned(),
+            headers.join(","),
+            endpoint.get("url").and_then(Value::as_str).unwrap_or("no push").to_owned(),
+        ]
+    };
+    let rows: Vec<Vec<String>> = items(list, "endpoints").iter().map(row).collect();
+    table::print(&["name", "state", "source", "rate/s", "burst", "concurrency", "signed", "headers", "url"], &rows)
+}
+
+pub(super) fn show_lanes(list: &Value) -> io::Result<()> {
+    let now = clock::wall();
+    let row = |lane: &Value| {
+        let next = match text(lane, "next_attempt_at") {
+            _ if lane.get("in_flight") == Some(&Value::Bool(true)) => "in flight".to_owned(),
+            "" => "now".to_owned(),
+            at => moment(at, now),
+        };
+        vec![
+            text(lane, "endpoint").to_owned(),
+            text(lane, "web_token").to_owned(),
+            number(lane, "events").to_string(),
+            moment(text(lane, "accepted_at"), now),
+            number(lane, "attempts").to_string(),
+            next,
+            text(lane, "last_error").to_owned(),
+        ]
+    };
+    let rows: Vec<Vec<String>> = items(list, "lanes").iter().map(row).collect();
+    table::print(&["endpoint", "customer", "events", "oldest", "attempts", "next", "last error"], &rows)?;
+    show_next(list)
+}
+
+pub(super) fn show_letters(list: &Value) -> io::Result<()> {
+    let now = clock::wall();
+    let row = |letter: &Value| {
+        vec![
+            text(letter, "id").to_owned(),
+            text(letter, "endpoint").to_owned(),
+            text(letter, "web_token").to_owned(),
+            text(letter, "reason").to_owned(),
+            moment(text(letter, "buried_at"), now),
+            number(letter, "attempts").to_string(),
+            text(letter, "last_error").to_owned(),
+        ]
+    };
+    let rows: Vec<Vec<String>> = items(list, "dead_letters").iter().map(row).collect();
+    table::print(&["id", "endpoint", "customer", "reason", "given up", "attempts", "last error"], &rows)?;
+    show_next(list)
+}
+
+pub(super) fn show_next(list: &Value) -> io::Result<()> {
+    match text(list, "next") {
+        "" => Ok(()),
+        _ => {
+            writeln!(io::stdout(), "{}", table::dim("There are more: --limit, or a narrower --endpoint, --web-token."))
+        }
+    }
+}
+
+/// One thing, a field a line.
+pub(super) fn show_fields(value: &Value) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    for (name, value) in value.as_object().into_iter().flatten() {
+        if let Some(text) = value.as_str() {
+            writeln!(out, "{name:<18} {text}")?;
+        } else if let Some(messages) = value.as_array().filter(|_| name == "messages") {
+            writeln!(out, "{name}")?;
+            messages.iter().try_for_each(|message| writeln!(out, "  {message}"))?;
+        } else {
+            writeln!(out, "{name:<18} {value}")?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,166 @@
+//! Fills the schedule with what waits in one segment.
+
+use std::io;
+
+use super::Found;
+use crate::domain::backlog::{Handle, first_seq};
+use crate::domain::endpoint::EndpointName;
+use crate::domain::keys::LaneKey;
+use crate::domain::schedule::Schedule;
+use crate::metrics::StoreMetrics;
+use crate::store::checkpoint::Live;
+use crate::store::codec::Record;
+use crate::store::queue::{BLOCK_EVENTS, IndexEntry, Queue, QueueError};
+use crate::store::segment::{self, Frame};
+use crate::store::{Position, Segments};
+
+/// One segment on its way into the schedule.
+pub(super) struct Loading<'a> {
+    pub(super) found: &'a Found,
+    pub(super) slot: u16,
+    /// Before this, the checkpoint says what waits.
+    pub(super) covered: Position,
+    pub(super) segments: &'a Segments,
+}
+
+impl Loading<'_> {
+    fn is_covered(&self, offset: u32) -> bool {
+        Position { segment: self.found.number, offset } < self.covered
+    }
+
+    /// Adds the events before the checkpoint that wait, by the index rows, or by the segment itself where those are
+    /// missing.
+    pub(super) fn load_covered(
+        &self,
+        queue: &Queue,
+        schedule: &mut Schedule,
+        metrics: &StoreMetrics,
+    ) -> io::Result<()> {
+        if !self.is_covered(0) {
+            return Ok(());
+        }
+        let waits = self.found.waits.as_ref().map(Live::unpack);
+        // A segment that the checkpoint does not list: only with an older checkpoint. All of it waits.
+        let waits = |seq: u64| waits.as_ref().is_none_or(|waits| waits(seq - first_seq(self.found.number)));
+        match self.index_rows(queue) {
+            Ok(rows) => {
+                for entry in rows.iter().filter(|entry| self.is_covered(entry.offset)) {
+                    self.add(schedule, entry, waits(entry.seq));
+                }
+            }
+            Err(error) => {
+                // A compaction that a crash cut off has a file and no rows.
+                if self.found.generation == 0 {
+                    tracing::error!(segment = self.found.number, %error, "index rows are damaged: reading the segment");
+                    metrics.damaged("queue", 1);
+                }
+                let end = if self.found.number == self.covered.segment {
+                    self.covered.offset.min(self.found.end)
+                } else {
+                    self.found.end
+                };
+                segment::scan_synced(&self.found.file, self.found.number, 0, end, |frame| {
+                    if let Some(entry) = index_entry(frame) {
+                        self.add(schedule, &entry, waits(entry.seq));
+                    }
+                })?;
+            }
+        }
+        Ok(())
+    }
+
+    fn index_rows(&self, queue: &Queue) -> Result<Vec<IndexEntry>, QueueError> {
+        let mut rows = Vec::new();
+        for block in 0.. {
+            match queue.block(self.found.number, self.found.generation, block)? {
+                Some(entries) => {
+                    let is_last = entries.len() < BLOCK_EVENTS;
+                    rows.extend(entries);
+                    if is_last {
+                        break;
+                    }
+                }
+                None => break,
+            }
+        }
+        // What waits beyond the rows' end would be lost: then the rows are not to be believed.
+        let places = self.found.waits.as_ref().map(Live::highest).unwrap_or_default();
+        let indexed = rows.last().map_or(0, |last| last.seq - first_seq(self.found.number) + 1);
+        if places > indexed {
+            return Err(QueueError::Damaged("index rows are missing"));
+        }
+        Ok(rows)
+    }
+
+    /// Adds what came after the checkpoint, and takes out what ended after it.
+    pub(super) fn replay(&self, schedule: &mut Schedule) -> io::Result<()> {
+        let from = if self.is_covered(0) {
+            if self.covered.segment != self.found.number {
+                return Ok(());
+            }
+            self.covered.offset
+        } else {
+            0
+        };
+        if from >= self.found.end {
+            return Ok(());
+        }
+        segment::scan_synced(&self.found.file, self.found.number, from, self.found.end, |frame| match Record::decode(
+            frame.body(),
+        ) {
+            Some(Record::Accepted(_)) => {
+                if let Some(entry) = index_entry(frame) {
+                    self.add(schedule, &entry, true);
+                }
+            }
+            Some(Record::Settled(settled)) => {
+                let events: Vec<Handle> = settled
+                    .seqs
+                    .iter()
+                    .filter_map(|seq| {
+                        let number = seq >> crate::domain::backlog::PLACE_BITS;
+                        schedule.backlog.find(*self.segments.slots.get(&number)?, *seq)
+                    })
+                    .collect();
+                schedule.settled_before(settled.lane, &events, 0);
+            }
+            Some(Record::State(_) | Record::Opened(_) | Record::Deferred(_) | Record::Sealed { .. })
+            | Some(Record::Dead(_) | Record::Gone(_))
+            | None => {}
+        })?;
+        Ok(())
+    }
+
+    fn add(&self, schedule: &mut Schedule, entry: &IndexEntry, waits: bool) {
+        let place = entry.seq.saturating_sub(first_seq(self.found.number));
+        let is_sparse = schedule.backlog.group(self.slot).is_some_and(|group| group.len() as u64 != place);
+        let seq = is_sparse.then_some(entry.seq);
+        // A segment with a gap is kept by number from there on.
+        if is_sparse {
+            schedule.backlog.make_sparse(self.slot);
+        }
+        let seq = seq.or_else(|| schedule.backlog.is_sparse(self.slot).then_some(entry.seq));
+        let Some(handle) = schedule.backlog.append(self.slot, seq, entry.offset, entry.second, entry.len) else {
+            return;
+        };
+        if waits {
+            let endpoint = EndpointName::from_number(entry.endpoint);
+            schedule.appended(handle, LaneKey(entry.lane), endpoint, 0);
+        } else {
+            schedule.backlog.settle(handle);
+        }
+    }
+}
+
+/// What an index row says of an event; `None` for any other record.
+pub(in crate::store) fn index_entry(frame: &Frame) -> Option<IndexEntry> {
+    let event = Record::decode(frame.body())?.into_event()?;
+    Some(IndexEntry {
+        seq: frame.header.seq,
+        lane: event.lane.0,
+        endpoint: event.endpoint.number(),
+        offset: frame.header.offset,
+        second: (event.accepted_ms / 1_000) as u32,
+        len: frame.header.frame_len() as u32,
+    })
+}
