@@ -1,6 +1,7 @@
 //! The listeners: what callers on this host and monitoring see (contract §2 to §4, §7).
 
 mod answer;
+mod body;
 mod customers;
 mod dead_letters;
 mod endpoints;

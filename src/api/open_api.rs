@@ -14,7 +14,7 @@ use subtle::ConstantTimeEq as _;
 
 use super::answer::{Answer, ApiError, Code, error};
 use super::udesk::{self, Failure, Parameters};
-use super::{Api, h5push, local, survey};
+use super::{Api, body, h5push, local, survey};
 use crate::clock;
 use crate::config::{Account, OpenApi};
 
@@ -104,7 +104,7 @@ async fn handle(api: &Api, call: Call, request: Request<Incoming>) -> Result<Res
         Ok(signed) => signed,
         Err(failure) => return Ok(Err(failure)),
     };
-    let body = local::read_body(api, request, BODY_MAX).await?;
+    let body = body::read_body(api, request, BODY_MAX).await?;
     let answered = async {
         let account = authorize(api, &config.open_api, signed).await?;
         let parameters = udesk::parameters(&query, form, &body.bytes)?;

@@ -1,5 +1,6 @@
 //! Arguments, subcommands, exit codes: 0 done, 1 failed, 2 usage, 78 configuration.
 
+mod calls;
 mod check;
 mod daemon;
 mod demo;
@@ -45,7 +46,7 @@ struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Call {
     #[command(flatten)]
-    Operate(operate::Operate),
+    Operate(calls::Operate),
     /// Looks at the data directory of a relay that is stopped.
     #[command(subcommand)]
     Store(store::StoreCall),

@@ -3,6 +3,8 @@
 //! Every value is checked where it is read, so that an error has its line and column.
 
 mod endpoint;
+mod files;
+mod local;
 mod open_api;
 mod problem;
 mod values;
@@ -10,7 +12,6 @@ mod values;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::num::NonZeroU32;
-use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -19,6 +20,9 @@ use serde::Deserialize;
 
 use self::endpoint::EndpointWritten;
 pub use self::endpoint::{ClientCert, Defaults, Endpoint, Endpoints, Entry, Source, UrlRule};
+use self::files::{Files, expand};
+use self::local::BODY_BYTES_MAX;
+pub use self::local::Local;
 use self::open_api::OpenApiWritten;
 pub use self::open_api::{Account, OpenApi, ServerTls};
 use self::values::{EndpointKey, Positive, Size, Time};
@@ -128,25 +132,6 @@ pub enum ConfigError {
     },
 }
 
-/// `[local]`.
-#[derive(Clone, Debug)]
-pub struct Local {
-    /// Where it listens.
-    pub listen: Listen,
-    /// What a caller must know.
-    pub token: Option<Secret>,
-    /// Host names, beside the loopback ones, under which it answers.
-    pub allowed_hosts: Vec<String>,
-    /// Mode of a unix socket.
-    pub socket_mode: u32,
-    /// Group of a unix socket.
-    pub socket_group: Option<String>,
-    /// Largest request, bytes.
-    pub max_body_bytes: usize,
-    /// Most connections at once.
-    pub max_connections: u32,
-}
-
 /// The config as needed.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -217,8 +202,6 @@ pub struct Config {
 }
 
 const HOUR: Duration = Duration::from_secs(3_600);
-/// Largest `local.max_body_bytes`: a request's records go into one segment.
-const BODY_BYTES_MAX: u64 = 32 << 20;
 
 impl Config {
     /// Reads and checks a file.
@@ -369,80 +352,6 @@ impl FileWritten {
             log_format: log.format.unwrap_or_default(),
             log_attempts: log.attempts.unwrap_or(false),
         })
-    }
-}
-
-impl LocalWritten {
-    fn check(self, files: &mut Files) -> Result<Local, String> {
-        let listen = self.listen.unwrap_or(Listen::Tcp(SocketAddr::from(([127, 0, 0, 1], 8_460))));
-        let token = files.secret("local.token", self.token, self.token_file)?;
-        if let Some(token) = &token
-            && (token.expose().is_empty() || !token.expose().bytes().all(|byte| byte.is_ascii_graphic()))
-        {
-            return Err("local.token: must be visible ASCII characters without spaces".to_owned());
-        }
-        if let Listen::Tcp(address) = &listen
-            && !address.ip().is_loopback()
-            && token.is_none()
-        {
-            return Err(format!("local.listen: {address} is beyond loopback: that needs local.token_file"));
-        }
-        let mode = self.socket_mode.unwrap_or_else(|| "0660".to_owned());
-        let socket_mode = u32::from_str_radix(&mode, 8).ok().filter(|mode| *mode <= 0o777);
-        let body = self.max_body_bytes.map_or(8 << 20, |size| size.0);
-        if !(1..=BODY_BYTES_MAX).contains(&body) {
-            return Err("local.max_body_bytes: must be from 1 to 32MiB".to_owned());
-        }
-        Ok(Local {
-            listen,
-            token,
-            allowed_hosts: self.allowed_hosts.unwrap_or_default(),
-            socket_mode: socket_mode.ok_or("local.socket_mode: must be octal, like \"0660\"")?,
-            socket_group: self.socket_group,
-            max_body_bytes: body as usize,
-            max_connections: self.max_connections.map_or(1_024, NonZeroU32::get),
-        })
-    }
-}
-
-/// Files that the config names, as they are read.
-#[derive(Default)]
-struct Files {
-    warnings: Vec<String>,
-}
-
-impl Files {
-    /// A secret, inline or from a file, whose last line end does not count.
-    fn secret(&mut self, key: &str, inline: Option<String>, file: Option<PathBuf>) -> Result<Option<Secret>, String> {
-        match (inline, file) {
-            (Some(_), Some(_)) => Err(format!("{key}: give either {key} or {key}_file")),
-            (Some(text), None) => Ok(Some(Secret::new(text))),
-            (None, Some(path)) => {
-                let path = expand(&path);
-                let text = std::fs::read_to_string(&path)
-                    .map_err(|error| format!("{key}_file: {}: {error}", path.display()))?;
-                self.note_mode(&path);
-                Ok(Some(Secret::new(text.trim_end_matches(['\r', '\n']).to_owned())))
-            }
-            (None, None) => Ok(None),
-        }
-    }
-
-    /// Warns of a file with a secret that everybody can read.
-    fn note_mode(&mut self, path: &Path) {
-        let mode = std::fs::metadata(path).map_or(0, |metadata| metadata.permissions().mode());
-        if mode & 0o007 != 0 {
-            self.warnings.push(format!("{}: others may read it (mode {:o})", path.display(), mode & 0o777));
-        }
-    }
-}
-
-/// Puts systemd's credentials directory in.
-fn expand(path: &Path) -> PathBuf {
-    const VARIABLE: &str = "$CREDENTIALS_DIRECTORY";
-    match (path.strip_prefix(VARIABLE), std::env::var_os("CREDENTIALS_DIRECTORY")) {
-        (Ok(rest), Some(dir)) => Path::new(&dir).join(rest),
-        _ => path.to_owned(),
     }
 }
 

@@ -21,6 +21,7 @@ mod limits;
 mod load;
 mod monitoring;
 mod network;
+mod open_api;
 mod openapi;
 mod operate;
 mod page;

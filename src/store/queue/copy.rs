@@ -128,7 +128,7 @@ mod tests {
                 let bucket = rng.u32(0..400);
                 let entries: Vec<u32> = if rng.u8(0..3) == 0 { Vec::new() } else { vec![rng.u32(..); rng.usize(1..4)] };
                 if entries.is_empty() {
-                    queue.remove_row(&super::super::page_key(b'c', bucket, 0)).unwrap();
+                    queue.remove_row(&crate::store::queue::buckets::page_key(b'c', bucket, 0)).unwrap();
                 } else {
                     queue.put_bucket(b'c', bucket, &entries).unwrap();
                 }

@@ -1,0 +1,52 @@
+//! Files that the config names.
+
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+
+use super::Secret;
+
+/// Files that the config names, as they are read.
+#[derive(Default)]
+pub(super) struct Files {
+    pub warnings: Vec<String>,
+}
+
+impl Files {
+    /// A secret, inline or from a file, whose last line end does not count.
+    pub(super) fn secret(
+        &mut self,
+        key: &str,
+        inline: Option<String>,
+        file: Option<PathBuf>,
+    ) -> Result<Option<Secret>, String> {
+        match (inline, file) {
+            (Some(_), Some(_)) => Err(format!("{key}: give either {key} or {key}_file")),
+            (Some(text), None) => Ok(Some(Secret::new(text))),
+            (None, Some(path)) => {
+                let path = expand(&path);
+                let text = std::fs::read_to_string(&path)
+                    .map_err(|error| format!("{key}_file: {}: {error}", path.display()))?;
+                self.note_mode(&path);
+                Ok(Some(Secret::new(text.trim_end_matches(['\r', '\n']).to_owned())))
+            }
+            (None, None) => Ok(None),
+        }
+    }
+
+    /// Warns of a file with a secret that everybody can read.
+    pub(super) fn note_mode(&mut self, path: &Path) {
+        let mode = std::fs::metadata(path).map_or(0, |metadata| metadata.permissions().mode());
+        if mode & 0o007 != 0 {
+            self.warnings.push(format!("{}: others may read it (mode {:o})", path.display(), mode & 0o777));
+        }
+    }
+}
+
+/// Puts systemd's credentials directory in.
+pub(super) fn expand(path: &Path) -> PathBuf {
+    const VARIABLE: &str = "$CREDENTIALS_DIRECTORY";
+    match (path.strip_prefix(VARIABLE), std::env::var_os("CREDENTIALS_DIRECTORY")) {
+        (Ok(rest), Some(dir)) => Path::new(&dir).join(rest),
+        _ => path.to_owned(),
+    }
+}

@@ -1,0 +1,62 @@
+//! `[local]`: the listener for the IM server and ops.
+
+use std::net::SocketAddr;
+use std::num::NonZeroU32;
+
+use super::files::Files;
+use super::{Listen, LocalWritten, Secret};
+
+/// Largest `local.max_body_bytes`: a request's records go into one segment.
+pub(super) const BODY_BYTES_MAX: u64 = 32 << 20;
+
+/// `[local]`.
+#[derive(Clone, Debug)]
+pub struct Local {
+    /// Where it listens.
+    pub listen: Listen,
+    /// What a caller must know.
+    pub token: Option<Secret>,
+    /// Host names, beside the loopback ones, under which it answers.
+    pub allowed_hosts: Vec<String>,
+    /// Mode of a unix socket.
+    pub socket_mode: u32,
+    /// Group of a unix socket.
+    pub socket_group: Option<String>,
+    /// Largest request, bytes.
+    pub max_body_bytes: usize,
+    /// Most connections at once.
+    pub max_connections: u32,
+}
+
+impl LocalWritten {
+    pub(super) fn check(self, files: &mut Files) -> Result<Local, String> {
+        let listen = self.listen.unwrap_or(Listen::Tcp(SocketAddr::from(([127, 0, 0, 1], 8_460))));
+        let token = files.secret("local.token", self.token, self.token_file)?;
+        if let Some(token) = &token
+            && (token.expose().is_empty() || !token.expose().bytes().all(|byte| byte.is_ascii_graphic()))
+        {
+            return Err("local.token: must be visible ASCII characters without spaces".to_owned());
+        }
+        if let Listen::Tcp(address) = &listen
+            && !address.ip().is_loopback()
+            && token.is_none()
+        {
+            return Err(format!("local.listen: {address} is beyond loopback: that needs local.token_file"));
+        }
+        let mode = self.socket_mode.unwrap_or_else(|| "0660".to_owned());
+        let socket_mode = u32::from_str_radix(&mode, 8).ok().filter(|mode| *mode <= 0o777);
+        let body = self.max_body_bytes.map_or(8 << 20, |size| size.0);
+        if !(1..=BODY_BYTES_MAX).contains(&body) {
+            return Err("local.max_body_bytes: must be from 1 to 32MiB".to_owned());
+        }
+        Ok(Local {
+            listen,
+            token,
+            allowed_hosts: self.allowed_hosts.unwrap_or_default(),
+            socket_mode: socket_mode.ok_or("local.socket_mode: must be octal, like \"0660\"")?,
+            socket_group: self.socket_group,
+            max_body_bytes: body as usize,
+            max_connections: self.max_connections.map_or(1_024, NonZeroU32::get),
+        })
+    }
+}

@@ -1,0 +1,159 @@
+//! What came of attempts and burials: recorded, counted, told to the schedule.
+
+use std::sync::Arc;
+
+use super::attempt::Done;
+use super::{BURY_AGAIN, Buried, LANE_ERRORS_MAX, Relay, micros};
+use crate::clock;
+use crate::domain::endpoint::EndpointName;
+use crate::domain::keys::LaneKey;
+use crate::domain::outcome::{AttemptResult, Verdict};
+use crate::domain::schedule::{Breaker, Burial, LaneId, Moment};
+use crate::store::{Ending, Letter, Note};
+
+impl Relay {
+    pub(super) fn bury(&mut self, burial: Burial) {
+        let places = self.places(&burial.events);
+        let seqs = self.seqs(&burial.events);
+        let store = self.store.clone();
+        let problem = self.lane_errors.get(&burial.lane).cloned();
+        self.burying.spawn_blocking(move || {
+            let mut letters = Vec::with_capacity(places.len());
+            for (place, seq) in places.iter().zip(seqs.iter().copied()) {
+                let stored = match place.reader.as_ref().map(|reader| reader.read(place.offset)) {
+                    Some(Ok(stored)) => stored,
+                    // Not readable just now: later.
+                    Some(Err(_)) => return Buried { burial, seqs, is_done: false },
+                    None => None,
+                };
+                if stored.is_none() {
+                    store.damaged("journal");
+                    tracing::error!(endpoint = %burial.endpoint, seq, "an event's record is damaged: its content is lost");
+                }
+                letters.push(Letter { seq, endpoint: burial.endpoint, stored, problem: problem.clone() });
+            }
+            let is_done = store.bury(&letters, burial.reason, burial.attempts, clock::wall_ms()).is_ok();
+            Buried { burial, seqs, is_done }
+        });
+    }
+
+    pub(super) fn take_report(&mut self, done: Result<Done, tokio::task::JoinError>) {
+        let done = match done {
+            Ok(done) => done,
+            // A panic has ended the process already; nothing is ever cancelled.
+            Err(error) => return tracing::error!(%error, "an attempt ended without a report"),
+        };
+        self.flights.remove(&done.lane);
+        let metrics = self.metrics_of(done.endpoint);
+        if let Some(result) = done.result {
+            metrics.attempt(result);
+            self.metrics.push_seconds.observe(done.seconds);
+            self.seen.took(done.endpoint, done.seconds);
+        }
+        let delivered = done.verdict == Verdict::Delivered;
+        if delivered {
+            metrics.delivered(u64::from(done.messages));
+            let now_ms = clock::wall_ms();
+            for accepted_ms in &done.accepted_ms {
+                let seconds = now_ms.saturating_sub(*accepted_ms) as f64 / 1_000.0;
+                self.metrics.delivery_seconds.observe(seconds);
+            }
+        }
+        if done.verdict == Verdict::Damaged {
+            self.store.damaged("journal");
+        }
+        self.note_error(done.lane, done.endpoint, done.result, done.detail);
+        self.report(done.lane, done.taken, done.verdict);
+    }
+
+    /// Keeps what a lane and its endpoint fail with. What only an operator or the endpoint's owner can mend is logged
+    /// when it changes.
+    fn note_error(
+        &mut self,
+        lane: LaneId,
+        endpoint: EndpointName,
+        result: Option<AttemptResult>,
+        detail: Option<String>,
+    ) {
+        let Some(problem) = detail else {
+            if result == Some(AttemptResult::Ok) {
+                self.seen.last_errors.remove(&endpoint);
+                self.lane_errors.remove(&lane);
+            }
+            return;
+        };
+        let known = self.seen.last_errors.get(&endpoint).filter(|known| ***known == *problem).cloned();
+        let problem = known.clone().unwrap_or_else(|| problem.into());
+        if known.is_none()
+            && let Some(result @ (AttemptResult::Tls | AttemptResult::BlockedAddress)) = result
+        {
+            tracing::warn!(%endpoint, result = result.as_str(), %problem, "no push can be sent");
+        }
+        self.seen.last_errors.insert(endpoint, Arc::clone(&problem));
+        if self.lane_errors.len() < LANE_ERRORS_MAX || self.lane_errors.contains_key(&lane) {
+            self.lane_errors.insert(lane, problem);
+        }
+    }
+
+    pub(super) fn report(&mut self, lane: u32, taken: u32, verdict: Verdict) {
+        let second = clock::wall_ms() / 1_000;
+        let moment = Moment { now: clock::micros(), second, dice: clock::dice() };
+        let endpoint = self.schedule.endpoint_of(lane);
+        let outcome = self.schedule.reported(lane, taken, verdict, moment);
+        let (Some(key), Some(endpoint)) = (outcome.lane, endpoint) else { return };
+        self.metrics.withdrawn.inc_by(u64::from(outcome.withdrawn_late));
+        if !outcome.delivered_late.is_empty() {
+            // Recorded as withdrawn before: whoever asks for such an event is told that it was pushed.
+            let seqs = self.seqs(&outcome.delivered_late);
+            self.notes.push(Note::Settled { lane: key, ending: Ending::Delivered, retry_is_over: false, seqs });
+        }
+        match outcome.breaker {
+            Some(Breaker::WentDown) => tracing::warn!(%endpoint, "the endpoint is down: probing it"),
+            Some(Breaker::CameUp) => tracing::info!(%endpoint, "the endpoint is up again"),
+            None => {}
+        }
+        if !outcome.delivered.is_empty() || outcome.retry_is_over {
+            *self.ended.entry(endpoint).or_default() += outcome.delivered.len() as u64;
+            let seqs = self.seqs(&outcome.delivered);
+            self.notes.push(Note::Settled {
+                lane: key,
+                ending: Ending::Delivered,
+                retry_is_over: outcome.retry_is_over,
+                seqs,
+            });
+        }
+        if let Some(deferred) = outcome.deferred {
+            let wait_ms = u64::try_from(deferred.wait.as_millis()).unwrap_or(u64::MAX);
+            self.notes.push(Note::Deferred {
+                lane: key,
+                head: self.schedule.backlog.seq(deferred.head),
+                retry: deferred.retry,
+                due_ms: clock::wall_ms().saturating_add(wait_ms),
+            });
+        }
+    }
+
+    pub(super) fn take_burial(&mut self, done: Result<Buried, tokio::task::JoinError>) {
+        let Buried { burial, seqs, is_done } = match done {
+            Ok(done) => done,
+            Err(error) => return tracing::error!(%error, "a burial ended without a report"),
+        };
+        let now = clock::micros();
+        if !is_done {
+            self.schedule.not_buried(&burial);
+            self.bury_not_before = now + micros(BURY_AGAIN);
+            return;
+        }
+        let count = burial.events.len() as u64;
+        let lane = self.schedule.lane_key(burial.lane).unwrap_or(LaneKey(0));
+        self.schedule.buried(&burial, now);
+        if self.schedule.waiting(lane) == 0 {
+            self.lane_errors.remove(&burial.lane);
+        }
+        self.notes.push(Note::Settled { lane, ending: Ending::Buried, retry_is_over: true, seqs });
+        *self.ended.entry(burial.endpoint).or_default() += count;
+        self.metrics_of(burial.endpoint).died(burial.reason, count);
+        let reason = burial.reason.as_str();
+        tracing::warn!(endpoint = %burial.endpoint, reason, events = count, "events became dead letters");
+    }
+}
