@@ -19,8 +19,9 @@
 //! ```
 //!
 //! Invariants, each with the test that holds it: a 202 is delivered, dead or withdrawn (`tests/it/crash.rs`, the store's
-//! model, a power cut after each of its steps); a lane goes in order, one push at a time, within rate and concurrency, and nothing is stuck (the schedule's
-//! simulation); no packet goes to a forbidden address (`relay::dialer`); what is gone is not replayed
+//! model, a power cut after each of its steps, `tests/it/disk.rs`, `tests/it/endurance.rs`); a lane goes in order, one push
+//! at a time, within rate and concurrency, and nothing is stuck (the schedule's simulation) or grows from day to day (its
+//! ten days); no packet goes to a forbidden address (`relay::dialer`); what is gone is not replayed
 //! (`store::dead_letters`).
 //!
 //! | module | owns | may use |
