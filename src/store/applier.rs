@@ -305,15 +305,19 @@ impl Applier {
 
     /// Writes the rows that are being filled, and up to where the journal is applied, last.
     pub(super) fn commit(&mut self, queue: &Queue) -> Result<(), QueueError> {
-        // What is gone of dead letters is not in rows of sled's: the position never gets ahead of it.
-        if !self.is_dirty || !self.gone.is_empty() {
+        if !self.is_dirty {
             return Ok(());
         }
         self.change_rows(queue)?;
         if !self.block.is_empty() {
             queue.put_block(self.at.segment, 0, self.at.block, &self.block)?;
         }
+        // What is gone of dead letters is not in rows of sled's: the position never gets ahead of it, nor of the state log.
+        if !self.gone.is_empty() {
+            return Ok(());
+        }
         self.state_log.write()?;
+        self.state_log.sync()?;
         self.at.state_log = self.state_log.number;
         self.at.state_len = self.state_log.len;
         self.at.state_dead = self.state_log.dead;

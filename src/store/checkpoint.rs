@@ -25,6 +25,8 @@ pub(super) struct Checkpoint {
     pub segments: Vec<SegmentMark>,
     /// The state log that belongs to it.
     pub state_log: u64,
+    /// Its length: what follows is in the journal after the position too.
+    pub state_len: u64,
     pub dead: DeadMark,
     /// The number of the queue's directory.
     pub queue: u64,
@@ -161,6 +163,7 @@ mod tests {
             position: Position { segment: 3, offset: 99 },
             segments: vec![SegmentMark { number: 2, live: Live::Few(vec![7]) }],
             state_log: 1,
+            state_len: 700,
             dead: DeadMark::default(),
             queue: 3,
         }

@@ -68,7 +68,7 @@ impl Ids {
         let Some(key) = self.keys.back().copied() else { return };
         self.forget(key, (self.next_number() - 1) as u32);
         self.keys.pop_back();
-        if self.seconds.back().is_some_and(|(first, _)| *first == self.next_number()) {
+        if self.keys.is_empty() || self.seconds.back().is_some_and(|(first, _)| *first == self.next_number()) {
             self.seconds.pop_back();
         }
     }
@@ -133,6 +133,12 @@ mod tests {
         assert_eq!(held, [2, 3, 4]);
         ids.pop_back();
         assert!(!ids.contains(4 << 64 | 4) && ids.contains(3 << 64 | 3));
+        // The row of a second goes with its last key, also when its first has made room before.
+        let mut few = Ids::new(2, 10);
+        (0..3).for_each(|key| few.push(key, 100));
+        (0..2).for_each(|_| few.pop_back());
+        few.expire(1_000);
+        assert!(few.seconds.is_empty());
         ids.push(9, 111);
         assert!(ids.contains(9) && !ids.contains(3 << 64 | 3), "older than the window");
         assert_eq!(ids.next_number(), u64::from(u32::MAX) - 1 + 5);

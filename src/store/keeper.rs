@@ -36,6 +36,8 @@ const SWEEP_BUCKETS: u32 = 3;
 const COPY_ROWS: usize = 500;
 /// The queue's file is copied when it is so many times what its rows should take. sled's own share is less than half.
 const COPY_RATIO: u64 = 4;
+/// How long no copy is begun after one that failed.
+const COPY_AGAIN: Duration = Duration::from_secs(600);
 
 /// The keeper's thread.
 pub(super) struct Keeper<'a> {
@@ -46,10 +48,15 @@ pub(super) struct Keeper<'a> {
     last_at: Duration,
     swept: u32,
     removed_logs: u64,
-    /// The queue that was copied, until a checkpoint names the copy.
-    copied: Option<Arc<Queue>>,
+    /// The state log of the last checkpoint.
+    log_before: u64,
+    is_copying: bool,
+    /// The queue that was copied, until two checkpoints name the copy; and how many do.
+    copied: Option<(Arc<Queue>, u32)>,
     /// Bytes of the queue's file after it was copied last.
     copied_bytes: u64,
+    /// After one that failed.
+    no_copy_before: Duration,
 }
 
 impl<'a> Keeper<'a> {
@@ -63,8 +70,11 @@ impl<'a> Keeper<'a> {
             last_at,
             swept: 0,
             removed_logs,
+            log_before: removed_logs,
+            is_copying: false,
             copied: None,
             copied_bytes: 0,
+            no_copy_before: Duration::ZERO,
         }
     }
 
@@ -175,11 +185,12 @@ impl<'a> Keeper<'a> {
         let is_large = bytes >= inner.settings.queue_bytes_min.max(2 * self.copied_bytes);
         let is_empty = applier.row_bytes(waiting) * COPY_RATIO < bytes;
         let has_room = inner.free_bytes.load(Ordering::Relaxed) > inner.settings.free_min.saturating_add(bytes);
-        if queue.is_copying() || !is_large || !is_empty || !has_room {
+        let is_early = clock::monotonic() < self.no_copy_before;
+        if self.is_copying || is_early || !is_large || !is_empty || !has_room {
             return;
         }
+        self.is_copying = true;
         if let Err(error) = queue.begin_copy(&inner.settings.dir) {
-            self.copied_bytes = bytes;
             inner.failed("queue", &error);
         }
     }
@@ -187,34 +198,46 @@ impl<'a> Keeper<'a> {
     /// Copies some more, and changes over to the copy when it is whole. Says whether there is more to copy.
     fn copy_some(&mut self) -> bool {
         let inner = self.inner;
-        let Some(queue) = inner.queue().filter(|queue| queue.is_copying()) else { return false };
+        if !self.is_copying {
+            return false;
+        }
+        let Some(queue) = inner.queue().filter(|queue| queue.is_copying()) else {
+            // Given up: what there is of it goes.
+            self.is_copying = false;
+            self.no_copy_before = clock::monotonic() + COPY_AGAIN;
+            let number = inner.queue_number.load(Ordering::Relaxed);
+            if let Err(error) = queue::remove_others(&inner.settings.dir, number) {
+                inner.failed("queue", &error);
+            }
+            return false;
+        };
         match queue.copy_some(&inner.settings.dir, COPY_ROWS) {
-            Ok(None) => queue.is_copying(),
+            Ok(None) => true,
             Ok(Some(copy)) => {
                 let (before, after) = (queue.file_bytes(), copy.file_bytes());
                 tracing::info!(before, after, "copied the queue into a smaller file");
                 self.copied_bytes = after;
+                self.is_copying = false;
                 inner.queue_number.store(copy.number(), Ordering::Relaxed);
                 *inner.queue.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(copy));
-                self.copied = Some(queue);
+                self.copied = Some((queue, 0));
                 false
             }
             Err(error) => {
-                self.copied_bytes = queue.file_bytes();
                 inner.failed("queue", &error);
-                false
+                true
             }
         }
     }
 
-    /// Removes the queue that was copied, once a checkpoint names the copy and nobody reads it any more.
+    /// Removes the queue that was copied, once both checkpoints name the copy and nobody reads it any more.
     fn remove_copied(&mut self) -> io::Result<()> {
         match self.copied.take() {
-            Some(queue) if Arc::strong_count(&queue) > 1 => {
-                self.copied = Some(queue);
+            Some((queue, named)) if named == 0 || Arc::strong_count(&queue) > 1 => {
+                self.copied = Some((queue, named + 1));
                 Ok(())
             }
-            Some(queue) => {
+            Some((queue, _)) => {
                 drop(queue);
                 let number = self.inner.queue_number.load(Ordering::Relaxed);
                 queue::remove_others(&self.inner.settings.dir, number)
@@ -305,7 +328,7 @@ impl<'a> Keeper<'a> {
         }
         applier.renew_state_log(&queue, &inner.settings.dir)?;
         applier.commit(&queue)?;
-        applier.state_log.file.sync_data()?;
+        applier.state_log.sync()?;
         queue.flush()?;
         let active = snapshot.position.segment;
         let mut freed = Vec::new();
@@ -324,16 +347,19 @@ impl<'a> Keeper<'a> {
             position: snapshot.position,
             segments,
             state_log: applier.state_log.number,
+            state_len: applier.state_log.len,
             dead: lock(&inner.dead).mark(),
             queue: queue.number(),
         };
         checkpoint.write(&inner.settings.dir)?;
         self.last = end.0;
         self.remove(&queue, &freed)?;
-        for number in self.removed_logs..checkpoint.state_log {
+        // What the checkpoint before this one names stays, should this one be damaged.
+        for number in self.removed_logs..self.log_before {
             drop(std::fs::remove_file(StateLog::path(&inner.settings.dir, number)));
         }
-        self.removed_logs = checkpoint.state_log;
+        self.removed_logs = self.log_before;
+        self.log_before = checkpoint.state_log;
         self.remove_copied()?;
         compact::compact(inner, &queue, &snapshot, &freed.iter().copied().collect())?;
         Ok(())
@@ -347,7 +373,11 @@ impl<'a> Keeper<'a> {
                 let generation = segments.by_number(*number).map_or(0, |file| file.generation);
                 (segments.slots.get(number).copied(), generation)
             };
-            std::fs::remove_file(segment::path(&dir, *number))?;
+            match std::fs::remove_file(segment::path(&dir, *number)) {
+                // It was removed before sled failed.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                other => other?,
+            }
             queue.remove_blocks(*number, generation)?;
             if let Some(slot) = slot {
                 // Told before the slot can be used again.

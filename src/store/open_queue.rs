@@ -48,8 +48,8 @@ impl Opener<'_> {
         if dir.exists() {
             match self.resume(number, needed, &apply_rest) {
                 Ok((queue, applier)) => return Ok(Opened { queue, applier, is_new: false }),
-                // Nothing is wrong with it.
-                Err(error) if error.is_no_space() => return Err(error),
+                // Nothing is wrong with it, or maybe only for the moment.
+                Err(error) if error.is_no_space() || (!self.is_start && error.is_of_a_file()) => return Err(error),
                 Err(error) => {
                     tracing::error!(%error, "the queue is set aside and built anew from the journal");
                     self.metrics.damaged("queue", 1);
@@ -95,22 +95,39 @@ impl Opener<'_> {
         apply_rest: impl Fn(&Queue, &mut Applier) -> Result<(), QueueError>,
     ) -> Result<(Arc<Queue>, Applier), QueueError> {
         let queue = Queue::open(&self.settings.dir, number)?;
-        let (number, from) =
-            self.checkpoint.map_or((0, Position::default()), |found| (found.state_log, found.position));
+        let (number, from, synced) = match self.checkpoint {
+            Some(found) => (found.state_log, found.position, found.state_len),
+            None => (0, Position::default(), 0),
+        };
+        let mut len = synced;
         let path = StateLog::path(&self.settings.dir, number);
-        let mut len = 0;
-        if let Ok(file) = File::open(&path) {
-            let mut result = Ok(());
-            let scan = segment::scan(&file, number, 0, 0, |frame| {
-                let Some(Record::State(change)) = Record::decode(frame.body()) else { return };
-                // What came after the checkpoint is in the journal, and written again from there.
-                if result.is_ok() {
-                    result = state::apply(&queue, &self.hashing, &change, |_| false).map(drop);
+        match File::open(&path) {
+            Ok(file) => {
+                let mut result = Ok(());
+                let apply = |frame: &segment::Frame| {
+                    let Some(Record::State(change)) = Record::decode(frame.body()) else { return };
+                    if result.is_ok() {
+                        result = state::apply(&queue, &self.hashing, &change, |_| false).map(drop);
+                    }
+                };
+                // What came after the checkpoint is in the journal, and written again from there. Without a checkpoint
+                // all there is has to do.
+                let scan = match self.checkpoint {
+                    Some(_) => segment::scan_synced(&file, number, 0, synced as u32, apply)?,
+                    None => segment::scan(&file, number, 0, 0, apply)?,
+                };
+                result?;
+                if self.checkpoint.is_none() {
+                    len = u64::from(scan.valid_len);
                 }
-            })?;
-            result?;
-            self.metrics.damaged("state_log", scan.damaged.len() as u64);
-            len = u64::from(scan.valid_len);
+                let missing = u64::from(file.metadata()?.len() < synced);
+                self.metrics.damaged("state_log", scan.damaged.len() as u64 + missing);
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound && synced == 0 => {}
+            // Without it the customers are gone: nothing is built on a file that cannot be read just now.
+            Err(error) => {
+                return Err(std::io::Error::new(error.kind(), format!("{}: {error}", path.display())).into());
+            }
         }
         let at = PositionRow { state_log: number, state_len: len, ..PositionRow::default() };
         let state_log = StateLog::open(&self.settings.dir, &at)?;

@@ -22,6 +22,8 @@ pub(super) struct StateLog {
     buffer: Vec<u8>,
     /// About how much of it is out of date, in bytes.
     pub dead: u64,
+    /// Up to where it is on stable storage.
+    synced: u64,
 }
 
 impl StateLog {
@@ -36,7 +38,7 @@ impl StateLog {
         let file = File::options().read(true).write(true).create(true).truncate(false).open(path)?;
         file.set_len(len)?;
         segment::sync_dir(dir)?;
-        Ok(StateLog { number, len, file, buffer: Vec::new(), dead: at.state_dead })
+        Ok(StateLog { number, len, file, buffer: Vec::new(), dead: at.state_dead, synced: 0 })
     }
 
     /// Answers how many bytes it takes.
@@ -50,6 +52,15 @@ impl StateLog {
             self.write()?;
         }
         Ok(bytes)
+    }
+
+    /// Syncs what was written since the last time.
+    pub(super) fn sync(&mut self) -> io::Result<()> {
+        if self.synced < self.len {
+            self.file.sync_data()?;
+            self.synced = self.len;
+        }
+        Ok(())
     }
 
     pub(super) fn write(&mut self) -> io::Result<()> {

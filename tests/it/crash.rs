@@ -231,3 +231,33 @@ fn what_was_delivered_after_a_start_without_new_events_is_not_delivered_again() 
     receiver.wait("the last", |pushes| pushes.iter().any(|push| push.message_ids() == ["last"]));
     assert_eq!(receiver.delivered_ids().len(), 21);
 }
+
+#[test]
+fn what_operators_set_before_a_replay_holds_over_a_kill_right_after_it() {
+    let receiver = Receiver::start();
+    receiver.answer_status(410);
+    let text = config(receiver.address, "");
+    let mut relay = Relay::start(&text);
+    for round in 0..4 {
+        let id = format!("m{round}");
+        relay.queue(&event("a", &id));
+        relay.wait_metric("h5push_dead_letters", &[("endpoint", "12")], |count| count == 1.0);
+        relay.done("POST", "/v1/endpoints/12/pause", &serde_json::Value::Null);
+        relay.done(
+            "PUT",
+            "/v1/endpoints/77",
+            &serde_json::json!({ "url": format!("http://{}/{round}", receiver.address) }),
+        );
+        let replayed = relay.done("POST", "/v1/dead-letters/replay", &serde_json::json!({ "endpoint": "12" }));
+        assert_eq!(replayed["replayed"], 1);
+        relay = Relay::start_in(relay.kill(), &text);
+        assert_eq!(relay.endpoint("12")["state"], "paused", "round {round}");
+        let set = relay.done("GET", "/v1/endpoints/77", &serde_json::Value::Null);
+        assert!(set.to_string().contains(&format!("/{round}\"")), "round {round}: {set}");
+        assert_eq!(relay.post(&event("a", &id)).json()["outcome"], "duplicate", "round {round}");
+        // It dies again, and goes for good.
+        relay.done("POST", "/v1/endpoints/12/resume", &serde_json::Value::Null);
+        relay.wait_metric("h5push_dead_letters", &[("endpoint", "12")], |count| count == 1.0);
+        relay.done("DELETE", "/v1/dead-letters", &serde_json::json!({ "endpoint": "12" }));
+    }
+}

@@ -69,6 +69,16 @@ pub(in crate::store) enum QueueError {
 }
 
 impl QueueError {
+    /// Whether a file could not be used, whatever is in it.
+    pub(in crate::store) fn is_of_a_file(&self) -> bool {
+        use std::io::ErrorKind::{InvalidData, UnexpectedEof};
+        match self {
+            QueueError::Sled(sled::Error::Io(error)) => !matches!(error.kind(), InvalidData | UnexpectedEof),
+            QueueError::Sync(_) => true,
+            QueueError::Sled(_) | QueueError::Panicked(_) | QueueError::Hung | QueueError::Damaged(_) => false,
+        }
+    }
+
     /// Whether it is only for want of space.
     pub(in crate::store) fn is_no_space(&self) -> bool {
         let is_full = |error: &std::io::Error| error.kind() == std::io::ErrorKind::StorageFull;
@@ -222,11 +232,13 @@ impl Queue {
         self.put_row(&block_key(segment, generation, block), &pack(entries))
     }
 
-    /// Drops a segment's index rows.
+    /// Drops a segment's index rows, of that generation and those before it.
     pub(in crate::store) fn remove_blocks(&self, segment: u64, generation: u32) -> Result<(), QueueError> {
-        for block in 0.. {
-            if !self.remove_row(&block_key(segment, generation, block))? {
-                break;
+        for generation in 0..=generation {
+            for block in 0.. {
+                if !self.remove_row(&block_key(segment, generation, block))? {
+                    break;
+                }
             }
         }
         Ok(())

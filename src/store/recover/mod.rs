@@ -311,7 +311,8 @@ impl Opening<'_> {
     fn open_queue(&self) -> Result<(Arc<Queue>, Applier), OpenError> {
         let dir = &self.settings.dir;
         let named = self.checkpoint.as_ref().map(|checkpoint| checkpoint.queue);
-        let number = named.unwrap_or_else(|| queue::highest(dir));
+        // A copy that a checkpoint which is damaged named is better than none.
+        let number = named.filter(|number| queue::path(dir, *number).exists()).unwrap_or_else(|| queue::highest(dir));
         queue::remove_others(dir, number).map_err(|error| OpenError::Io { path: dir.clone(), error })?;
         let opener = Opener {
             settings: self.settings,
