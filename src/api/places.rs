@@ -138,8 +138,12 @@ impl Place {
         self.seat.is_wanted.load(Ordering::Relaxed)
     }
 
-    /// Whether there is a request still to be answered, or comes within the grace.
+    /// Whether there is a request still to be answered, or comes within the grace. From here on this place is one of
+    /// those that are to be free.
     pub(super) async fn last_request(&self) -> bool {
+        if !self.seat.is_wanted.swap(true, Ordering::Relaxed) {
+            self.places.leaving.fetch_add(1, Ordering::Relaxed);
+        }
         let is_busy = self.seat.idle_since.load(Ordering::Relaxed) == BUSY;
         is_busy || timeout(GRACE, self.seat.begun.notified()).await.is_ok()
     }

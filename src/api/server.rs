@@ -231,9 +231,14 @@ where
             },
             () = ending(&mut shutdown) => break,
         };
+        // Who was accepted is served, also when all is to end.
         let place = tokio::select! {
+            biased;
             place = places.take() => place,
-            () = ending(&mut shutdown) => break,
+            () = ending(&mut shutdown) => match timeout(LAST_ANSWER_LIMIT, places.take()).await {
+                Ok(place) => place,
+                Err(_) => break,
+            },
         };
         let (handler, shutdown, tls) = (handler.clone(), shutdown.clone(), tls());
         open.spawn(async move {
@@ -309,25 +314,23 @@ where
         .max_buf_size(HEAD_MAX)
         .serve_connection(io, service);
     let mut connection = std::pin::pin!(connection);
-    tokio::select! {
+    let is_ending = tokio::select! {
         // A peer that breaks off or speaks no HTTP is its own affair.
         ended = connection.as_mut() => return drop(ended),
-        () = place.wanted() => {}
-        () = ending(&mut shutdown) => {}
-    }
-    if place.is_wanted() {
-        // A request may be on its way: it is answered, as the last one.
-        tokio::select! {
-            // First what has come, when both are there.
-            biased;
-            ended = connection.as_mut() => return drop(ended),
-            is_busy = place.last_request() => if !is_busy { return },
-            () = ending(&mut shutdown) => {}
-        }
-        connection.as_mut().graceful_shutdown();
-        // Somebody who does not read the answer keeps no place.
-        return drop(timeout(LAST_ANSWER_LIMIT, connection).await);
+        () = place.wanted() => false,
+        () = ending(&mut shutdown) => true,
+    };
+    // A request may be on its way, or be there and not read yet: it is answered, as the last one.
+    tokio::select! {
+        // First what has come, when both are there.
+        biased;
+        ended = connection.as_mut() => return drop(ended),
+        is_busy = place.last_request() => if !is_busy { return },
     }
     connection.as_mut().graceful_shutdown();
-    drop(connection.await);
+    if is_ending {
+        return drop(connection.await);
+    }
+    // Somebody who does not read the answer keeps no place.
+    drop(timeout(LAST_ANSWER_LIMIT, connection).await);
 }
