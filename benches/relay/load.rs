@@ -111,14 +111,14 @@ pub async fn request(
     method: &str,
     path: &str,
     kind: &str,
-    body: String,
+    body: impl Into<Bytes>,
 ) {
     let request = Request::builder()
         .method(method)
         .uri(path)
         .header("host", to.to_string())
         .header("content-type", kind)
-        .body(Full::new(Bytes::from(body)))
+        .body(Full::new(body.into()))
         .unwrap();
     sender.ready().await.unwrap();
     let mut response = sender.send_request(request).await.unwrap();

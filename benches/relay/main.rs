@@ -12,6 +12,7 @@
 )]
 
 mod beside;
+mod forward;
 mod load;
 mod probe;
 mod process;
@@ -29,6 +30,10 @@ fn main() {
         let customers = number(at + 2).unwrap_or(events / 10).max(1);
         let endpoints = number(at + 3).unwrap_or(1_000).clamp(1, customers);
         runtime.block_on(scale::run(load::Shape { customers, endpoints }, events));
+    } else if let [_, mode, address, sink] = &*arguments
+        && mode == "forward"
+    {
+        runtime.block_on(forward::serve(address.parse().unwrap(), sink.parse().unwrap()));
     } else if arguments.iter().any(|argument| argument == "beside") {
         runtime.block_on(beside::run());
     } else {

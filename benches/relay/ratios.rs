@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use crate::forward::Forwarder;
 use crate::load::{CONNECTIONS, Shape, due, paced, post_all, quantile};
 use crate::probe::{cpu_ticks, fdatasync_p50, median, status_mib};
 use crate::process::Relay;
@@ -26,6 +27,7 @@ pub async fn run() {
     println!("fdatasync of this disk, p50                {:>12.3} ms", fdatasync_p50().as_secs_f64() * 1e3);
 
     let mut ceilings = Vec::new();
+    let mut forwarded = Vec::new();
     let mut relayed = Vec::new();
     let mut costs = Vec::new();
     for round in 0..ROUNDS {
@@ -33,6 +35,12 @@ pub async fn run() {
         let took = post_all(sink_address, "/", SHAPE, EVENTS, 1, round * EVENTS).await;
         let direct_ticks = cpu_ticks(std::process::id()) - before;
         ceilings.push(EVENTS as f64 / took.as_secs_f64());
+
+        let forwarder = Forwarder::start(sink_address).await;
+        let took = post_all(forwarder.address, "/", SHAPE, EVENTS, 1, round * EVENTS).await;
+        let forward_ticks = cpu_ticks(forwarder.pid());
+        forwarded.push(EVENTS as f64 / took.as_secs_f64());
+        drop(forwarder);
 
         let relay = Relay::start(sink_address);
         sink.messages.store(0, Ordering::SeqCst);
@@ -44,17 +52,21 @@ pub async fn run() {
         let relay_ticks = cpu_ticks(relay.pid());
         costs.push(relay_ticks as f64 / direct_ticks as f64);
         println!(
-            "round {round}: direct {:>8.0}/s   accepted {:>8.0}/s   accepted and delivered {:>8.0}/s   \
-             CPU of an event: direct {:>3.0} µs, relay {:>3.0} µs",
+            "round {round}: direct {:>8.0}/s   forwarded {:>8.0}/s   accepted {:>8.0}/s   accepted and delivered {:>8.0}/s   \
+             CPU of an event: direct {:>3.0} µs, forwarder {:>3.0} µs, relay {:>3.0} µs",
             ceilings.last().unwrap(),
+            forwarded.last().unwrap(),
             EVENTS as f64 / accepted.as_secs_f64(),
             relayed.last().unwrap(),
             micros(direct_ticks),
+            micros(forward_ticks),
             micros(relay_ticks),
         );
     }
     let (ceiling, relayed) = (median(ceilings), median(relayed));
     println!("one event a request: direct ceiling        {ceiling:>12.0} /s");
+    let forwarded = median(forwarded);
+    println!("one event a request, forwarded, not stored {forwarded:>12.0} /s   ratio {:.2}", forwarded / ceiling);
     println!("one event a request, durable and delivered {relayed:>12.0} /s   ratio {:.2}", relayed / ceiling);
     println!(
         "CPU of an event in the relay               {:>12.1} times the direct post's, client and server",
