@@ -67,7 +67,11 @@ pub async fn serve(address: SocketAddr, sink: SocketAddr) {
 
 type Idle = Arc<Mutex<Vec<SendRequest<Full<Bytes>>>>>;
 
-async fn forward(idle: Idle, sink: SocketAddr, request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
+async fn forward(
+    idle: Idle,
+    sink: SocketAddr,
+    request: Request<Incoming>,
+) -> Result<Response<Full<Bytes>>, Infallible> {
     let body = request.into_body().collect().await.unwrap().to_bytes();
     let kept = idle.lock().unwrap().pop();
     let mut sender = match kept {

@@ -331,6 +331,11 @@ impl Applier {
         if self.state_log.len < STATE_LOG_MIN || 2 * self.state_log.dead < self.state_log.len {
             return Ok(());
         }
+        self.rewrite_state_log(queue, dir)
+    }
+
+    /// Writes the state log anew from the rows.
+    pub(super) fn rewrite_state_log(&mut self, queue: &Queue, dir: &Path) -> Result<(), QueueError> {
         let at = PositionRow { state_log: self.state_log.number + 1, state_len: 0, state_dead: 0, ..self.at };
         let mut new = StateLog::open(dir, &at)?;
         state::dump(queue, |change| new.push(&change).map(drop))?;

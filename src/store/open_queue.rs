@@ -99,7 +99,7 @@ impl Opener<'_> {
             Some(found) => (found.state_log, found.position, found.state_len),
             None => (0, Position::default(), 0),
         };
-        let mut len = synced;
+        let (mut len, mut damaged) = (synced, 0);
         let path = StateLog::path(&self.settings.dir, number);
         match File::open(&path) {
             Ok(file) => {
@@ -121,7 +121,8 @@ impl Opener<'_> {
                     len = u64::from(scan.valid_len);
                 }
                 let missing = u64::from(file.metadata()?.len() < synced);
-                self.metrics.damaged("state_log", scan.damaged.len() as u64 + missing);
+                damaged = scan.damaged.len() as u64 + missing;
+                self.metrics.damaged("state_log", damaged);
             }
             Err(error) if error.kind() == std::io::ErrorKind::NotFound && synced == 0 => {}
             // Without it the customers are gone: nothing is built on a file that cannot be read just now.
@@ -133,6 +134,9 @@ impl Opener<'_> {
         let state_log = StateLog::open(&self.settings.dir, &at)?;
         let mut applier = Applier::resume(&queue, at, state_log, from, self.applier_settings())?;
         apply_rest(&queue, &mut applier)?;
+        if damaged > 0 {
+            applier.rewrite_state_log(&queue, &self.settings.dir)?;
+        }
         applier.commit(&queue)?;
         queue.flush()?;
         Ok((Arc::new(queue), applier))

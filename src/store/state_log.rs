@@ -31,6 +31,22 @@ impl StateLog {
         dir.join(format!("state-{number}.log"))
     }
 
+    /// The number in a log's file name.
+    pub(super) fn number_of(name: &str) -> Option<u64> {
+        name.strip_prefix("state-")?.strip_suffix(".log")?.parse().ok()
+    }
+
+    /// Removes the logs of lower numbers.
+    pub(super) fn remove_before(dir: &Path, number: u64) -> io::Result<()> {
+        for entry in std::fs::read_dir(dir)? {
+            let entry = entry?;
+            if StateLog::number_of(&entry.file_name().to_string_lossy()).is_some_and(|found| found < number) {
+                std::fs::remove_file(entry.path())?;
+            }
+        }
+        Ok(())
+    }
+
     /// Opens the log that the row names, at its length then; what is behind it will be written again.
     pub(super) fn open(dir: &Path, at: &PositionRow) -> io::Result<StateLog> {
         let (number, len) = (at.state_log, at.state_len);

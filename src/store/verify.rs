@@ -5,6 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::segment;
+use super::state_log::StateLog;
 
 /// One file of records.
 #[derive(Debug)]
@@ -39,7 +40,7 @@ pub fn verify(dir: &Path) -> io::Result<Vec<VerifiedFile>> {
     for entry in std::fs::read_dir(dir)? {
         let entry = entry?;
         let name = entry.file_name();
-        let number = name.to_str().and_then(|name| name.strip_prefix("state-")?.strip_suffix(".log")?.parse().ok());
+        let number = name.to_str().and_then(StateLog::number_of);
         found.extend(number.map(|number| (entry.path(), number)));
     }
     found.sort();

@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use serde_json::{Value, json};
+
 use super::support::*;
 
 const EVENTS: usize = 20;
@@ -98,4 +100,41 @@ fn a_harmed_segment_costs_what_was_harmed_in_it_and_no_more() {
         }
         assert_eq!(delivered_after("doubled", is_clean), whole);
     }
+}
+
+#[test]
+fn a_harmed_log_of_the_customers_is_counted_once_and_written_anew() {
+    const CUSTOMERS: usize = 40;
+    let receiver = Receiver::start();
+    let text = config(receiver.address, "");
+    let switch_off = |relay: &Relay, customer: &str| {
+        let customer = json!({"web_token": customer, "im_web_plugin_id": 12, "toggle": "off"});
+        assert_eq!(relay.put_customer(&customer).status, 200);
+    };
+    let relay = Relay::start(&text);
+    for number in 0..CUSTOMERS {
+        switch_off(&relay, &format!("c{number:02}"));
+    }
+    let mut dir = relay.stop();
+    let log = dir.path().join("data/state-0.log");
+    let bytes = std::fs::read(&log).unwrap();
+    std::fs::write(&log, &bytes[..bytes.len() / 2]).unwrap();
+    let shown = |relay: &Relay, number: usize| {
+        let query = format!("/v1/customers?web_token=c{number:02}&im_web_plugin_id=12");
+        relay.call("GET", &query, &Value::Null).json()["toggle"] == "off"
+    };
+    let mut kept = Vec::new();
+    for (round, damage) in [(0, true), (1, false)] {
+        std::fs::remove_dir_all(dir.path().join("data/queue")).unwrap();
+        let relay = Relay::start_in(dir, &text);
+        let counted = relay.metric("h5push_store_damage_total", &[("what", "state_log")]);
+        assert_eq!(counted > 0.0, damage, "round {round}: {}", relay.log());
+        kept.push((0..CUSTOMERS).map(|number| shown(&relay, number)).collect::<Vec<_>>());
+        switch_off(&relay, "one more");
+        dir = relay.stop();
+    }
+    let first = kept[0].iter().take_while(|is_off| **is_off).count();
+    assert!((CUSTOMERS / 2 - 2..=CUSTOMERS / 2).contains(&first), "{kept:?}");
+    assert!(kept[0][first..].iter().all(|is_off| !is_off), "{kept:?}");
+    assert_eq!(kept[0], kept[1]);
 }

@@ -28,3 +28,4 @@ mod page;
 mod process;
 mod push;
 mod support;
+mod tls;

@@ -7,6 +7,7 @@
 //! 4. A new segment will be begun: no old one is ever appended to.
 
 mod loading;
+mod segments;
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -20,10 +21,10 @@ use tokio::sync::{mpsc, watch};
 
 use self::loading::Loading;
 pub(super) use self::loading::index_entry;
+use self::segments::Found;
 use super::admission::Admission;
 use super::applier::{Applier, RetryRow};
-use super::checkpoint::{Checkpoint, Live};
-use super::codec::Record;
+use super::checkpoint::Checkpoint;
 use super::dead_letters::{DeadLetters, DeadMark};
 use super::disk::{RESERVE_BYTES, free_bytes, journal_dir, release_reserve};
 use super::ids::Ids;
@@ -31,7 +32,6 @@ use super::journal::{SegmentFile, Writer};
 use super::keeper::Keeper;
 use super::open_queue::Opener;
 use super::queue::{self, ID_ROW, Queue, QueueError};
-use super::segment::{self};
 use super::{Inner, Notice, Position, SEGMENT_BYTES, Segments, Settings, Store, Threads};
 use crate::clock;
 use crate::domain::keys::{EventKey, HashKey, LaneKey};
@@ -55,23 +55,6 @@ pub enum OpenError {
     /// sled cannot be opened for want of space, or cannot even be built anew.
     #[error("the queue could not be opened: {0}")]
     Queue(String),
-}
-
-/// A segment as found at start.
-struct Found {
-    number: u64,
-    generation: u32,
-    file: Arc<File>,
-    /// Up to where it is valid; of the newest, what a scan says.
-    end: u32,
-    waits: Option<Live>,
-}
-
-/// What the first records of the segments say.
-struct Header {
-    file: Arc<File>,
-    generation: u32,
-    end: Option<u32>,
 }
 
 /// What is handed from step to step.
@@ -212,101 +195,6 @@ fn take_lock(dir: &Path) -> Result<File, OpenError> {
 }
 
 impl Opening<'_> {
-    /// Lists the segments, removes those that a checkpoint had freed, and finds where each ends.
-    fn find_segments(&mut self) -> io::Result<()> {
-        let dir = journal_dir(&self.settings.dir);
-        let mut numbers = Vec::new();
-        for entry in std::fs::read_dir(&dir)? {
-            let entry = entry?;
-            let name = entry.file_name();
-            match name.to_str().and_then(segment::number) {
-                Some(number) => numbers.push(number),
-                None => std::fs::remove_file(entry.path())?,
-            }
-        }
-        numbers.sort_unstable();
-        let mut opened: BTreeMap<u64, Header> = BTreeMap::new();
-        let mut identity = self.checkpoint.as_ref().map(|checkpoint| checkpoint.identity);
-        for number in numbers {
-            let marked = self.checkpoint.as_ref().is_some_and(|checkpoint| {
-                number < checkpoint.position.segment && !checkpoint.segments.iter().any(|mark| mark.number == number)
-            });
-            let path = segment::path(&dir, number);
-            if marked {
-                std::fs::remove_file(path)?;
-                continue;
-            }
-            let file = Arc::new(File::options().read(true).write(true).open(path)?);
-            let mut header = Header { file, generation: 0, end: None };
-            if let Some(frame) = segment::read_frame(&header.file, number, 0)?
-                && let Some(Record::Opened(record)) = Record::decode(frame.body())
-            {
-                identity = identity.or(Some(record.identity));
-                header.generation = record.generation;
-                if let Some((before, end)) = record.previous
-                    && let Some(before) = opened.get_mut(&before)
-                {
-                    before.end = Some(end);
-                }
-            }
-            opened.insert(number, header);
-        }
-        self.check_missing(&opened);
-        self.identity = identity.unwrap_or_else(clock::random);
-        self.hashing = HashKey(std::array::from_fn(|at| self.identity.get(at).copied().unwrap_or(0)));
-        for (number, Header { file, generation, end: known }) in opened {
-            let floor = self
-                .checkpoint
-                .as_ref()
-                .filter(|checkpoint| checkpoint.position.segment == number)
-                .map_or(0, |checkpoint| checkpoint.position.offset);
-            let mark = |checkpoint: &Checkpoint| {
-                checkpoint.segments.iter().find(|mark| mark.number == number).map(|mark| mark.live.clone())
-            };
-            let waits = self.checkpoint.as_ref().and_then(mark);
-            let is_covered = self.checkpoint.as_ref().is_some_and(|checkpoint| number < checkpoint.position.segment);
-            let end = match known {
-                // Written whole, and synced before it took its name.
-                _ if generation > 0 => file.metadata()?.len() as u32,
-                Some(end) => end,
-                // Complete, and all of it synced.
-                None if is_covered => file.metadata()?.len() as u32,
-                None => {
-                    let scan = segment::scan(&file, number, 0, floor, |_| {})?;
-                    self.note_scan(number, &scan);
-                    // What only the page cache held must not be lost after it was answered `duplicate`.
-                    file.set_len(u64::from(scan.valid_len))?;
-                    file.sync_all()?;
-                    scan.valid_len
-                }
-            };
-            self.found.push(Found { number, generation, file, end, waits });
-        }
-        segment::sync_dir(&dir)
-    }
-
-    /// A segment that the checkpoint lists and that is not there is damage.
-    fn check_missing(&self, opened: &BTreeMap<u64, Header>) {
-        let Some(checkpoint) = &self.checkpoint else { return };
-        for mark in checkpoint.segments.iter().filter(|mark| !opened.contains_key(&mark.number)) {
-            if !mark.live.is_empty() {
-                tracing::error!(segment = mark.number, "a journal segment is missing: its events are lost");
-                self.metrics.damaged("journal", 1);
-            }
-        }
-    }
-
-    fn note_scan(&self, segment: u64, scan: &segment::Scan) {
-        for offset in &scan.damaged {
-            tracing::error!(segment, offset, "a damaged record in the journal");
-        }
-        self.metrics.damaged("journal", scan.damaged.len() as u64);
-        if scan.is_torn {
-            tracing::warn!(segment, at = scan.valid_len, "cut a torn end, none of which had been acknowledged");
-            self.metrics.damaged("torn_tail", 1);
-        }
-    }
-
     /// Opens sled, or builds it anew, and brings its rows up to the end of the journal.
     fn open_queue(&self) -> Result<(Arc<Queue>, Applier), OpenError> {
         let dir = &self.settings.dir;

@@ -4,18 +4,21 @@
 //! It reads the journal's own files from where the queue's rows end, so a slow or broken sled holds up nothing: after an
 //! error sled is opened again and the rest is applied.
 
+mod copying;
+
 use std::collections::HashSet;
 use std::io;
+use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
+use self::copying::Copying;
 use super::applier::{Applier, advance};
 use super::checkpoint::{Checkpoint, Live, SegmentMark};
 use super::compact;
 use super::journal::SPARE;
 use super::open_queue;
-use super::queue::{self, Queue, QueueError};
+use super::queue::{Queue, QueueError};
 use super::segment;
 use super::state_log::StateLog;
 use super::{Inner, Notice, Position, Snapshot, disk, lock, state};
@@ -32,12 +35,6 @@ const SNAPSHOT_LIMIT: Duration = Duration::from_secs(30);
 const CHECKPOINT_BYTES: u64 = 64 << 20;
 /// Buckets of customers looked through in a second for those to be forgotten: all of them in about a day.
 const SWEEP_BUCKETS: u32 = 3;
-/// Rows of the queue that are copied at a time: a few milliseconds.
-const COPY_ROWS: usize = 500;
-/// The queue's file is copied when it is so many times what its rows should take. sled's own share is less than half.
-const COPY_RATIO: u64 = 4;
-/// How long no copy is begun after one that failed.
-const COPY_AGAIN: Duration = Duration::from_secs(600);
 
 /// The keeper's thread.
 pub(super) struct Keeper<'a> {
@@ -47,21 +44,13 @@ pub(super) struct Keeper<'a> {
     last: Position,
     last_at: Duration,
     swept: u32,
-    removed_logs: u64,
-    /// The state log of the last checkpoint.
+    /// The state log of the last checkpoint; 0 before the first.
     log_before: u64,
-    is_copying: bool,
-    /// The queue that was copied, until two checkpoints name the copy; and how many do.
-    copied: Option<(Arc<Queue>, u32)>,
-    /// Bytes of the queue's file after it was copied last.
-    copied_bytes: u64,
-    /// After one that failed.
-    no_copy_before: Duration,
+    copying: Copying,
 }
 
 impl<'a> Keeper<'a> {
     pub(super) fn new(inner: &'a Inner, applier: Applier) -> Keeper<'a> {
-        let removed_logs = applier.state_log.number;
         let last_at = clock::monotonic();
         Keeper {
             inner,
@@ -69,12 +58,8 @@ impl<'a> Keeper<'a> {
             last: Position::default(),
             last_at,
             swept: 0,
-            removed_logs,
-            log_before: removed_logs,
-            is_copying: false,
-            copied: None,
-            copied_bytes: 0,
-            no_copy_before: Duration::ZERO,
+            log_before: 0,
+            copying: Copying::default(),
         }
     }
 
@@ -92,9 +77,11 @@ impl<'a> Keeper<'a> {
             if now.saturating_sub(ticked) >= TICK {
                 ticked = now;
                 self.tick();
-                self.begin_copy();
+                if let Some(applier) = &self.applier {
+                    self.copying.begin(self.inner, applier);
+                }
             }
-            let is_copying = self.copy_some();
+            let is_copying = self.copying.go_on(self.inner, self.applier.as_ref());
             if is_ending || self.is_due(durable, now) {
                 self.last_at = now;
                 if let Err(error) = self.checkpoint() {
@@ -172,78 +159,8 @@ impl<'a> Keeper<'a> {
             || (durable.segment == self.last.segment
                 && u64::from(durable.offset - self.last.offset.min(durable.offset)) > CHECKPOINT_BYTES);
         let is_old = now.saturating_sub(self.last_at) >= self.inner.settings.checkpoint_every;
-        let is_new = self.copied.is_some() || lock(&self.inner.writer).end() != self.last;
+        let is_new = self.copying.is_replaced() || lock(&self.inner.writer).end() != self.last;
         self.applier.is_some() && (far || is_old) && is_new
-    }
-
-    /// Begins to copy the queue's rows when its file has become much larger than what is in it: sled never shrinks it.
-    fn begin_copy(&mut self) {
-        let inner = self.inner;
-        let (Some(queue), Some(applier), None) = (inner.queue(), &self.applier, &self.copied) else { return };
-        let bytes = queue.file_bytes();
-        let waiting = lock(&inner.admission).waiting();
-        let is_large = bytes >= inner.settings.queue_bytes_min.max(2 * self.copied_bytes);
-        let is_empty = applier.row_bytes(waiting) * COPY_RATIO < bytes;
-        let has_room = inner.free_bytes.load(Ordering::Relaxed) > inner.settings.free_min.saturating_add(bytes);
-        let is_early = clock::monotonic() < self.no_copy_before;
-        if self.is_copying || is_early || !is_large || !is_empty || !has_room {
-            return;
-        }
-        self.is_copying = true;
-        if let Err(error) = queue.begin_copy(&inner.settings.dir) {
-            inner.failed("queue", &error);
-        }
-    }
-
-    /// Copies some more, and changes over to the copy when it is whole. Says whether there is more to copy.
-    fn copy_some(&mut self) -> bool {
-        let inner = self.inner;
-        if !self.is_copying {
-            return false;
-        }
-        let Some(queue) = inner.queue().filter(|queue| queue.is_copying()) else {
-            // Given up: what there is of it goes.
-            self.is_copying = false;
-            self.no_copy_before = clock::monotonic() + COPY_AGAIN;
-            let number = inner.queue_number.load(Ordering::Relaxed);
-            if let Err(error) = queue::remove_others(&inner.settings.dir, number) {
-                inner.failed("queue", &error);
-            }
-            return false;
-        };
-        match queue.copy_some(&inner.settings.dir, COPY_ROWS) {
-            Ok(None) => true,
-            Ok(Some(copy)) => {
-                let (before, after) = (queue.file_bytes(), copy.file_bytes());
-                tracing::info!(before, after, "copied the queue into a smaller file");
-                self.copied_bytes = after;
-                self.is_copying = false;
-                inner.queue_number.store(copy.number(), Ordering::Relaxed);
-                *inner.queue.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(copy));
-                self.copied = Some((queue, 0));
-                false
-            }
-            Err(error) => {
-                inner.failed("queue", &error);
-                true
-            }
-        }
-    }
-
-    /// Removes the queue that was copied, once both checkpoints name the copy and nobody reads it any more.
-    fn remove_copied(&mut self) -> io::Result<()> {
-        match self.copied.take() {
-            Some((queue, named)) if named == 0 || Arc::strong_count(&queue) > 1 => {
-                self.copied = Some((queue, named + 1));
-                Ok(())
-            }
-            Some((queue, _)) => {
-                drop(queue);
-                let number = self.inner.queue_number.load(Ordering::Relaxed);
-                queue::remove_others(&self.inner.settings.dir, number)
-            }
-            None => Ok(()),
-        }
     }
 
     /// Everything that is done once a second.
@@ -355,12 +272,9 @@ impl<'a> Keeper<'a> {
         self.last = end.0;
         self.remove(&queue, &freed)?;
         // What the checkpoint before this one names stays, should this one be damaged.
-        for number in self.removed_logs..self.log_before {
-            drop(std::fs::remove_file(StateLog::path(&inner.settings.dir, number)));
-        }
-        self.removed_logs = self.log_before;
+        StateLog::remove_before(&inner.settings.dir, self.log_before)?;
         self.log_before = checkpoint.state_log;
-        self.remove_copied()?;
+        self.copying.checkpointed(inner)?;
         compact::compact(inner, &queue, &snapshot, &freed.iter().copied().collect())?;
         Ok(())
     }

@@ -1,0 +1,137 @@
+//! Receivers' TLS: what is wrong with it, as a real server shows it.
+
+use std::net::SocketAddr;
+use std::process::{Command, Stdio};
+
+use serde_json::json;
+
+use crate::support::*;
+
+/// An OpenSSL server with its own certificate authority; answers every request with 200.
+struct OpenSsl {
+    child: std::process::Child,
+    address: SocketAddr,
+}
+
+impl OpenSsl {
+    fn start(dir: &std::path::Path, cert: &str, more: &[&str]) -> OpenSsl {
+        let address = free_address();
+        let child = Command::new("openssl")
+            .args(["s_server", "-quiet", "-www", "-accept", &address.to_string()])
+            .args(["-cert", &format!("{cert}.pem"), "-key", &format!("{cert}.key")])
+            .args(more)
+            .current_dir(dir)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let server = OpenSsl { child, address };
+        wait_until("openssl listens", || std::net::TcpStream::connect(address).is_ok());
+        server
+    }
+}
+
+impl Drop for OpenSsl {
+    fn drop(&mut self) {
+        self.child.kill().ok();
+        self.child.wait().ok();
+    }
+}
+
+fn openssl(dir: &std::path::Path, line: &str) {
+    let done = Command::new("openssl").args(line.split(' ')).current_dir(dir).output().unwrap();
+    assert!(done.status.success(), "openssl {line}: {}", String::from_utf8_lossy(&done.stderr));
+}
+
+#[test]
+fn receivers_with_bad_tls_fail_as_tls_and_the_log_says_why() {
+    if Command::new("openssl").arg("version").output().is_err() {
+        println!("SKIPPED: there is no openssl");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    openssl(dir, "req -x509 -newkey rsa:2048 -nodes -keyout ca.key -out ca.pem -days 30 -subj /CN=ca");
+    openssl(dir, "req -x509 -newkey rsa:2048 -nodes -keyout other-ca.key -out other-ca.pem -days 30 -subj /CN=other");
+    let issue = |name: &str, host: &str, ca: &str, days: &str| {
+        std::fs::write(dir.join("ext"), format!("subjectAltName=DNS:{host}\n")).unwrap();
+        openssl(dir, &format!("req -new -newkey rsa:2048 -nodes -keyout {name}.key -out {name}.csr -subj /CN={name}"));
+        openssl(
+            dir,
+            &format!(
+                "x509 -req -in {name}.csr -CA {ca}.pem -CAkey {ca}.key -CAcreateserial -out {name}.pem {days} -extfile ext"
+            ),
+        );
+    };
+    issue("good", "localhost", "ca", "-days 30");
+    issue("wrong-name", "elsewhere.test", "ca", "-days 30");
+    issue("unknown-ca", "localhost", "other-ca", "-days 30");
+    issue("client", "client.test", "ca", "-days 30");
+    openssl(
+        dir,
+        "req -x509 -newkey rsa:2048 -nodes -keyout self.key -out self.pem -days 30 -subj /CN=localhost -addext subjectAltName=DNS:localhost",
+    );
+    // `x509 -req` takes only days from now: an expired one comes of a day that is over.
+    issue("expired", "localhost", "ca", "-days -1");
+    let servers = [
+        ("good", OpenSsl::start(dir, "good", &[]), ""),
+        ("wrong-name", OpenSsl::start(dir, "wrong-name", &[]), "not valid for name"),
+        ("unknown-ca", OpenSsl::start(dir, "unknown-ca", &[]), "UnknownIssuer"),
+        ("self", OpenSsl::start(dir, "self", &[]), ""),
+        ("expired", OpenSsl::start(dir, "expired", &[]), "Expired"),
+        ("old", OpenSsl::start(dir, "good", &["-tls1_1", "-cipher", "ALL:@SECLEVEL=0"]), ""),
+        ("no-ecdhe", OpenSsl::start(dir, "good", &["-tls1_2", "-cipher", "AES128-GCM-SHA256"]), ""),
+        ("mutual", OpenSsl::start(dir, "good", &["-Verify", "1", "-CAfile", "ca.pem", "-verify_return_error"]), ""),
+        (
+            "mutual-known",
+            OpenSsl::start(dir, "good", &["-Verify", "1", "-CAfile", "ca.pem", "-verify_return_error"]),
+            "",
+        ),
+    ];
+    let mut config = String::new();
+    for (number, (name, server, _)) in servers.iter().enumerate() {
+        let more = match *name {
+            "mutual-known" => format!(
+                "client_cert_file = {:?}\nclient_key_file = {:?}\n",
+                dir.join("client.pem"),
+                dir.join("client.key")
+            ),
+            _ => String::new(),
+        };
+        let port = server.address.port();
+        config += &format!("[endpoints.{}]\nurl = \"https://localhost:{port}/\"\n{more}", number + 1);
+    }
+    let relay = Relay::start(&format!("{config}[tls]\nextra_ca_file = {:?}\n", dir.join("ca.pem")));
+    for (number, (name, _, problem)) in servers.iter().enumerate() {
+        let mut posted = event("a", &format!("m{number}"));
+        posted["im_web_plugin_id"] = json!(number + 1);
+        relay.queue(&posted);
+        let endpoint = (number + 1).to_string();
+        let attempts = |result: &str| {
+            relay.metric("h5push_push_attempts_total", &[("endpoint", endpoint.as_str()), ("result", result)])
+        };
+        // Any answer at all says that the session stands: `openssl s_server -www` answers 200 to a GET only.
+        let spoke =
+            || attempts("ok") + attempts("error_status") + attempts("refused") + attempts("io") + attempts("timeout");
+        wait_until(name, || spoke() + attempts("tls") > 0.0);
+        match *name {
+            // The session stands, and then `s_server -www` leaves a POST unanswered.
+            "good" | "mutual-known" => {
+                assert_eq!(attempts("tls") + attempts("io"), 0.0, "{name}: {}", relay.log());
+                assert!(attempts("timeout") + attempts("ok") > 0.0, "{name}");
+            }
+            // With TLS 1.3 a missing client certificate is told after the handshake.
+            "mutual" => assert!(attempts("tls") + attempts("io") > 0.0 && attempts("timeout") == 0.0, "{name}"),
+            _ => {
+                assert_eq!(spoke(), 0.0, "{name}");
+                let log = relay.log();
+                let line = log.lines().find(|line| line.contains(&format!("no push can be sent endpoint={endpoint} ")));
+                assert!(
+                    line.is_some_and(|line| line.contains("tls") && line.contains(problem)),
+                    "{name}: {line:?}\n{log}"
+                );
+            }
+        }
+    }
+}
