@@ -34,9 +34,9 @@ pub enum StartError {
     /// An address cannot be listened on.
     #[error("cannot listen on {0}")]
     Listen(#[from] api::ListenError),
-    /// A certificate in the config is of no use.
-    #[error(transparent)]
-    Tls(#[from] relay::TlsError),
+    /// The TLS library refuses its own settings.
+    #[error("TLS: {0}")]
+    Tls(#[from] rustls::Error),
     /// A listener would be open to the network without what that needs.
     #[error("{0}")]
     Exposed(String),
@@ -74,7 +74,7 @@ impl App {
     pub async fn start(config: Config) -> Result<App, StartError> {
         let metrics = Metrics::new(config.metrics_max_endpoints)?;
         let settings = schedule_settings(&config);
-        let deliverer = Deliverer::new(config.extra_ca_file.as_deref(), settings.max_in_flight)?;
+        let deliverer = Deliverer::new(&config.extra_ca, settings.max_in_flight)?;
         for warning in &config.warnings {
             tracing::warn!("{warning}");
         }
@@ -104,6 +104,9 @@ impl App {
                 }
                 for (name, pauses) in api::pauses(settings) {
                     schedule.set_pauses(name, pauses, 0);
+                }
+                for (name, wait) in relay::holds(settings) {
+                    schedule.hold(name, wait, clock::micros());
                 }
             };
             let opened = Store::open(settings, store_metrics, &mut schedule, prepare, tell);
@@ -154,10 +157,10 @@ impl App {
         })
     }
 
-    /// Goes by another config from now on, as far as that needs no restart: all of it, or nothing.
+    /// Goes by another config from now on, as far as that needs no restart: all of it, or, if it is wrong, nothing.
     ///
     /// # Errors
-    /// Why everything is as it was.
+    /// Why not.
     pub async fn reload(&self, read: Result<Config, ConfigError>) -> Result<(), String> {
         let result = match read {
             Ok(config) => self.take_over(config).await,
@@ -180,7 +183,7 @@ impl App {
                 Ok(())
             }
             Err(error) => {
-                tracing::error!(error, "the config stays as it was");
+                tracing::error!(error, "the config was not taken over");
                 Err(error)
             }
         }
@@ -190,17 +193,18 @@ impl App {
         // The listeners stay where they are, whatever the new file says of addresses.
         check_exposure(&config, self.local_address, self.open_api_address)?;
         let schedule = schedule_settings(&config);
-        let deliverer = Deliverer::new(config.extra_ca_file.as_deref(), schedule.max_in_flight)
-            .map_err(|error| error.to_string())?;
+        let deliverer = Deliverer::new(&config.extra_ca, schedule.max_in_flight).map_err(|error| error.to_string())?;
         for warning in &config.warnings {
             tracing::warn!("{warning}");
         }
         let changed = config.needs_restart(&self.api.config.load());
         let config = Arc::new(config);
         let reloaded = (deliverer, relay_settings(&config), schedule);
+        let configured = self.api.reconfigure(Arc::clone(&config), reloaded).await;
+        configured.map_err(|error| format!("{error}: endpoints and what pushes go by may be the new ones"))?;
         self.store.set_rules(rules(&config));
         log::set_level(&config.log_level);
-        self.api.reconfigure(config, reloaded).await.map(|()| changed)
+        Ok(changed)
     }
 
     /// Whether the relay's task goes round.
@@ -342,9 +346,15 @@ fn schedule_settings(config: &Config) -> schedule::Settings {
         max_attempts: config.max_attempts,
         max_refusals: config.max_refusals,
         breaker_failures: config.breaker_failures,
-        max_in_flight: max_in_flight(config.max_in_flight, config.local.max_connections),
+        max_in_flight: max_in_flight(config.max_in_flight, callers(config)),
         events_per_push: config.max_messages,
     }
+}
+
+/// Connections that callers may hold.
+fn callers(config: &Config) -> u32 {
+    let open_api = config.open_api.listen.map_or(0, |_| config.open_api.max_connections);
+    config.local.max_connections.saturating_add(open_api)
 }
 
 fn store_settings(config: &Config) -> store::Settings {

@@ -1,7 +1,5 @@
 //! `/v1/customers` (contract §3).
 
-use std::time::Duration;
-
 use hyper::{Method, StatusCode};
 use serde::{Deserialize, Serialize};
 
@@ -11,9 +9,7 @@ use crate::clock;
 use crate::domain::customer::{Customer, Hearing, TOKEN_BYTES_MAX, Toggle};
 use crate::domain::endpoint::Plugin;
 
-/// How long a forgotten customer's events may take to become dead letters, and how often that is looked at.
-const BURIED_LIMIT: Duration = Duration::from_secs(5);
-const BURIED_AGAIN: Duration = Duration::from_millis(20);
+const BAD_PLUGIN: &str = "im_web_plugin_id: must be an integer from 0 to 2^63-1";
 
 #[derive(Deserialize)]
 struct Put {
@@ -49,7 +45,7 @@ pub(super) async fn put(api: &Api, body: &[u8]) -> Result<Answer, ApiError> {
     let put: Put = serde_json::from_str(text).map_err(|problem| invalid(format!("body: {problem}")))?;
     check_token("web_token", &put.web_token)?;
     let plugin = put.im_web_plugin_id.map_or(Some(Plugin::NONE), Plugin::new);
-    let plugin = plugin.ok_or_else(|| invalid("im_web_plugin_id: must be at most 2^63-1"))?;
+    let plugin = plugin.ok_or_else(|| invalid(BAD_PLUGIN))?;
     let name = |field, name: Option<String>| -> Result<Option<String>, ApiError> {
         let name = name.filter(|name| !name.is_empty());
         name.map(|name| check_token(field, &name).map(|()| name)).transpose()
@@ -75,8 +71,7 @@ pub(super) async fn get_or_delete(api: &Api, method: &Method, query: &str) -> Re
         match name.as_ref() {
             "web_token" => web_token = Some(value.into_owned()),
             "im_web_plugin_id" if !value.is_empty() => {
-                let id = value.parse().ok().and_then(Plugin::new);
-                plugin = Some(id.ok_or_else(|| invalid("im_web_plugin_id: must be an integer from 0 to 2^63-1"))?);
+                plugin = Some(Plugin::parse(&value).ok_or_else(|| invalid(BAD_PLUGIN))?);
             }
             _ => {}
         }
@@ -87,20 +82,8 @@ pub(super) async fn get_or_delete(api: &Api, method: &Method, query: &str) -> Re
     if method == Method::DELETE {
         // No letter of theirs is put back meanwhile.
         let _replaying = api.replaying.lock().await;
-        let plugins = match plugin {
-            Some(plugin) => vec![plugin],
-            None => api.store.plugins_of(&web_token)?,
-        };
         let (forgotten, withdrawn) = api.store.forget(plugin, &web_token, now_s).await?;
-        // What was being given up just now is not withdrawn: it is a dead letter in a moment.
-        let begun = clock::now();
-        for plugin in plugins {
-            while api.waiting(plugin, &web_token).await.is_some_and(|waiting| waiting > 0)
-                && begun.elapsed() < BURIED_LIMIT
-            {
-                tokio::time::sleep(BURIED_AGAIN).await;
-            }
-        }
+        // What was being given up just now is a dead letter by then.
         let dead_letters = dead_letters::forget(api, plugin, &web_token).await?;
         if forgotten == 0 && dead_letters == 0 {
             return Err(not_found());

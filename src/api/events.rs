@@ -106,11 +106,10 @@ pub(super) async fn show(api: &Api, event_id: &str, query: &str) -> Result<Answe
         settled_at: Option<String>,
     }
     let plugin = form_urlencoded::parse(query.as_bytes()).find(|(name, _)| name == "im_web_plugin_id");
-    let plugin = plugin.filter(|(_, value)| !value.is_empty()).map_or(Some(Plugin::NONE), |(_, value)| {
-        let is_number = value.bytes().all(|byte| byte.is_ascii_digit());
-        value.parse().ok().filter(|_| is_number).and_then(Plugin::new)
-    });
-    let plugin = plugin.ok_or_else(|| error(Code::InvalidRequest, "im_web_plugin_id: must be a number"))?;
+    let plugin =
+        plugin.filter(|(_, value)| !value.is_empty()).map_or(Some(Plugin::NONE), |(_, value)| Plugin::parse(&value));
+    let plugin =
+        plugin.ok_or_else(|| error(Code::InvalidRequest, "im_web_plugin_id: must be an integer from 0 to 2^63-1"))?;
     let given = api.store.hashing().given_event(plugin, event_id);
     // An id that was derived says its own key.
     let derived = event_id.strip_prefix("mid_").and_then(|hex| u128::from_str_radix(hex, 16).ok());

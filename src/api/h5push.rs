@@ -70,9 +70,7 @@ fn check(parameters: &Parameters) -> Result<Call, Failure> {
         return Err(wrong("参数错误:customer_token、web_token、sdk_token 只能有一个"));
     }
     let plugin = value("im_web_plugin_id").ok_or_else(|| missing("im_web_plugin_id"))?;
-    let is_number = plugin.bytes().all(|byte| byte.is_ascii_digit());
-    let plugin = plugin.parse().ok().filter(|_| is_number).and_then(Plugin::new);
-    let plugin = plugin.ok_or_else(|| wrong("参数错误:im_web_plugin_id 必须是数字"))?;
+    let plugin = Plugin::parse(plugin).ok_or_else(|| wrong("参数错误:im_web_plugin_id 必须是数字"))?;
     let h5push = match value("h5push") {
         None => None,
         Some("true") => Some(true),

@@ -135,6 +135,14 @@ async fn handle(
         let allowed = route.methods();
         return Err(error(Code::MethodNotAllowed(allowed), format!("method: {allowed} only")));
     }
+    // Also where no body is read: a form that a page sends does nothing here.
+    let is_udesk = matches!(route, Route::H5push | Route::Survey);
+    if !request.body().is_end_stream() && !is_udesk {
+        match content_type(request.headers())?.as_deref() {
+            Some("application/json" | "application/x-ndjson") => {}
+            _ => return Err(unsupported("application/json or application/x-ndjson")),
+        }
+    }
     let named = &*decoded(named)?;
     let query = request.uri().query().unwrap_or("").to_owned();
     let bytes_max = config.local.max_body_bytes;

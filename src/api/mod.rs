@@ -159,7 +159,7 @@ impl Api {
             outbox_bytes: view.outbox_bytes,
             capacity_events: self.config.load().max_events,
             free_bytes: self.store.free_bytes(),
-            free_floor_bytes: self.config.load().min_free_disk,
+            free_floor_bytes: self.store.free_floor(),
             store_bytes,
         };
         Some((now, view.seen))

@@ -208,7 +208,7 @@ fn read_lane(shown: LaneShown, now_ms: u64) -> Lane {
         im_web_plugin_id: event.as_ref().and_then(|event| event.plugin.given()),
         events: lane.events,
         in_flight: lane.in_flight,
-        attempts: lane.retry.map_or(0, |retry| retry.tries.max(retry.attempts)),
+        attempts: lane.retry.map_or(0, |retry| retry.made()),
         accepted_at: event.map(|event| rfc3339(event.accepted_ms)),
         next_attempt_at: wait.map(|wait| rfc3339(now_ms + wait.as_millis() as u64)),
         last_error,
@@ -287,7 +287,11 @@ async fn set_paused(api: &Api, name: EndpointName, is_paused: bool) -> Result<An
         let mut pauses = known.map(|(_, pauses)| pauses).unwrap_or_default();
         let now_s = clock::wall_ms() / 1_000;
         if is_paused {
-            pauses.begin(now_s, now_s.saturating_sub(2 * api.config.load().max_age.as_secs()));
+            // What is younger than a pause is no older for it.
+            let view = api.ask(Command::View).await.ok_or_else(busy)?;
+            let oldest =
+                view.endpoints.iter().find(|endpoint| endpoint.name == name).and_then(|endpoint| endpoint.oldest);
+            pauses.begin(now_s, oldest.map_or(now_s, u64::from));
         } else {
             pauses.end(now_s);
         }
@@ -321,7 +325,13 @@ async fn test(api: &Api, name: EndpointName) -> Result<Answer, ApiError> {
         match tested {
             Tested::Unknown => return Err(error(Code::NotFound, format!("name: there is no endpoint {name}"))),
             Tested::NotBefore(wait) if begun.elapsed() + wait < TURN_LIMIT => tokio::time::sleep(wait).await,
-            Tested::NotBefore(_) => return Err(busy()),
+            Tested::NotBefore(_) => {
+                let limit = TURN_LIMIT.as_secs();
+                return Err(error(
+                    Code::Stopping,
+                    format!("the endpoint's rate has no room for a test within {limit} s"),
+                ));
+            }
             Tested::Made { result, status, took, detail } => {
                 let duration_ms = (took.as_secs_f64() * 1e6).round() / 1e3;
                 return Ok(answer::json(StatusCode::OK, &Outcome { result, status, duration_ms, error: detail }));

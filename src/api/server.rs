@@ -148,22 +148,10 @@ fn bind_unix(path: &Path, local: &Local) -> io::Result<Bound> {
     }
     let listener = UnixListener::bind(path)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(local.socket_mode))?;
-    if let Some(group) = &local.socket_group {
-        let id = group_id(group)?;
-        std::os::unix::fs::chown(path, None, Some(id))?;
+    if let Some(group) = local.socket_group {
+        std::os::unix::fs::chown(path, None, Some(group))?;
     }
     Ok(Bound::Unix(listener, Some(path.to_owned())))
-}
-
-/// The number of a group: given as one, or by name in /etc/group.
-fn group_id(group: &str) -> io::Result<u32> {
-    if let Ok(id) = group.parse() {
-        return Ok(id);
-    }
-    let known = std::fs::read_to_string("/etc/group")?;
-    let line = known.lines().map(|line| line.split(':').collect::<Vec<_>>());
-    let found = line.filter(|fields| fields.first() == Some(&group)).find_map(|fields| fields.get(2)?.parse().ok());
-    found.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, format!("no group {group}")))
 }
 
 /// Serves `[local]` until told to stop, then ends what is open.

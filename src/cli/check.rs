@@ -39,5 +39,8 @@ pub(super) fn print(config: &Config) -> anyhow::Result<()> {
     if config.max_attempts > 0 {
         writeln!(out, "It is given up after {} failed attempts.", config.max_attempts)?;
     }
+    for warning in &config.warnings {
+        writeln!(out, "warning: {warning}")?;
+    }
     Ok(())
 }

@@ -99,7 +99,8 @@ async fn play(dir: &Path) -> anyhow::Result<()> {
         "\nAll {count} messages that were accepted came through, once each and in order, and the rating too.\n\n\
          How to go on:\n\
          - h5push-relay receiver --listen 127.0.0.1:9000      prints the pushes that it gets\n\
-         - cp config.example.toml my.toml, give it a data_dir and the address under [endpoints.default]\n\
+         - cp config.example.toml my.toml, give it a data_dir, the address under [endpoints.default], and, for a receiver\n\
+           on this host, push.allow_networks = [\"127.0.0.0/8\"]\n\
          - h5push-relay check-config --config my.toml\n\
          - h5push-relay --config my.toml\n\
          README.md shows how to post events with curl, what a receiver must answer, and how to run it under systemd."

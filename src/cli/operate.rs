@@ -119,9 +119,11 @@ impl Relay {
     async fn replay_all(&self, endpoint: Option<&str>) -> anyhow::Result<Value> {
         let (mut replayed, mut skipped) = (0, 0);
         let status = self.get("/v1/status").await?;
-        let total = status.get("dead_letters").and_then(Value::as_u64).unwrap_or(0);
-        let mut filter = Filter { endpoint: endpoint.map(str::to_owned), web_token: None, limit: 500 };
-        filter.limit = REPLAYED_AT_ONCE as u32;
+        let is_meant = |found: &&Value| endpoint.is_none_or(|endpoint| text(found, "name") == endpoint);
+        let total: u64 =
+            items(&status, "endpoints").iter().filter(is_meant).map(|found| number(found, "dead_letters")).sum();
+        let limit = REPLAYED_AT_ONCE as u32;
+        let filter = Filter { endpoint: endpoint.map(str::to_owned), web_token: None, limit };
         let mut after = None;
         let mut left = total;
         while left > 0 {
@@ -160,6 +162,9 @@ impl Relay {
         let answer = self.call(Method::POST, "/open_api_v1/im/h5push", &body).await?;
         if number(&answer, "code") != 1_000 {
             bail!("{}", text(&answer, "message"));
+        }
+        if body.get("h5push").is_some() && answer.get("status_code").and_then(Value::as_u64) == Some(3) {
+            bail!("there is no such customer for that plugin: nothing was stored");
         }
         let meaning = match answer.get("status_code").and_then(Value::as_u64) {
             Some(1) => "The next offline message would be pushed.",

@@ -31,7 +31,7 @@ pub(super) fn show_status(status: &Value) -> io::Result<()> {
     writeln!(out, "h5push-relay {}, up for {}", text(status, "version"), span(real(status, "uptime_seconds")))?;
     writeln!(
         out,
-        "{} events wait, the oldest for {}; {} dead letters; {} free of which {} are a reserve",
+        "{} events wait, the oldest for {}; {} dead letters; {} free, events are refused below {}",
         number(&outbox, "events"),
         span(real(&outbox, "oldest_age_seconds")),
         number(status, "dead_letters"),

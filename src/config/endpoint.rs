@@ -154,8 +154,9 @@ impl EndpointWritten {
 #[derive(Clone, Default, Serialize, Deserialize)]
 pub struct Entry {
     url: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    secret: Option<String>,
+    /// `None`: that of the config file, if there is one; `Some(None)`: none.
+    #[serde(default, deserialize_with = "given", skip_serializing_if = "Option::is_none")]
+    secret: Option<Option<String>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     rate_per_second: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -185,7 +186,7 @@ fn given<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Option<Str
 }
 
 impl Entry {
-    /// Reads the body of a call. A `secret` that is left out is the one of the entry before.
+    /// Reads the body of a call. A `secret` that is left out is the one of the entry before, or of the config file.
     ///
     /// # Errors
     /// What is wrong, beginning with the field.
@@ -201,23 +202,28 @@ impl Entry {
         let kept = before.and_then(|before| before.secret.clone());
         let entry = Entry {
             url,
-            secret: put.secret.unwrap_or(kept),
+            secret: put.secret.or(kept),
             rate_per_second: put.rate_per_second,
             burst: put.burst,
             concurrency: put.concurrency,
             headers: put.headers,
         };
-        if let Some(endpoint) = entry.endpoint(name, defaults)? {
+        if let Some(endpoint) = entry.endpoint(name, defaults, None)? {
             rule.check(&endpoint.url)?;
         }
         Ok(entry)
     }
 
-    /// What it comes to: an endpoint, or no push.
+    /// What it comes to over the config file's endpoint of that name: an endpoint, or no push.
     ///
     /// # Errors
     /// What is wrong, beginning with the field.
-    pub fn endpoint(&self, name: EndpointName, defaults: &Defaults) -> Result<Option<Endpoint>, String> {
+    pub fn endpoint(
+        &self,
+        name: EndpointName,
+        defaults: &Defaults,
+        file: Option<&Endpoint>,
+    ) -> Result<Option<Endpoint>, String> {
         let rate = self.rate_per_second;
         if rate.is_some_and(|rate| !rate.is_finite() || rate <= 0.0) {
             return Err("rate_per_second: must be a number above 0".to_owned());
@@ -228,7 +234,10 @@ impl Entry {
         if self.concurrency == Some(0) {
             return Err("concurrency: must be at least 1".to_owned());
         }
-        let signing = self.secret.as_deref().map(signing_keys).transpose()?;
+        let signing = match &self.secret {
+            Some(secret) => secret.as_deref().map(signing_keys).transpose()?,
+            None => file.and_then(|file| file.signing.clone()),
+        };
         let headers = self.headers.iter().flatten().map(header).collect::<Result<_, _>>()?;
         let Some(url) = &self.url else { return Ok(None) };
         Ok(Some(Endpoint {
@@ -312,16 +321,29 @@ pub(super) fn certificate(
     key: &Path,
     files: &mut Files,
 ) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>), String> {
-    let wrong = |name: &str, path: &Path, problem: String| format!("{name}: {}: {problem}", path.display());
-    let certs = CertificateDer::pem_file_iter(cert)
-        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
-        .map_err(|error| wrong(cert_name, cert, error.to_string()))?;
-    if certs.is_empty() {
-        return Err(wrong(cert_name, cert, "holds no certificate".to_owned()));
-    }
+    let certs = certificates(cert_name, cert)?;
     files.note_mode(key);
-    let key = PrivateKeyDer::from_pem_file(key).map_err(|error| wrong(key_name, key, error.to_string()))?;
+    let key = PrivateKeyDer::from_pem_file(key).map_err(|error| format!("{key_name}: {}: {error}", key.display()))?;
     Ok((certs, key))
+}
+
+/// Reads certificates, at least one.
+pub(super) fn certificates(name: &str, path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
+    let wrong = |problem: String| format!("{name}: {}: {problem}", path.display());
+    let certs = CertificateDer::pem_file_iter(path)
+        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+        .map_err(|error| wrong(error.to_string()))?;
+    if certs.is_empty() { Err(wrong("holds no certificate".to_owned())) } else { Ok(certs) }
+}
+
+/// Reads the certificates of authorities that are trusted.
+pub(super) fn authorities(name: &str, path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
+    let certs = certificates(name, path)?;
+    let mut roots = rustls::RootCertStore::empty();
+    for cert in &certs {
+        roots.add(cert.clone()).map_err(|error| format!("{name}: {}: {error}", path.display()))?;
+    }
+    Ok(certs)
 }
 
 fn header((name, value): (&String, &String)) -> Result<(HeaderName, HeaderValue), String> {

@@ -21,7 +21,7 @@ pub struct Local {
     /// Mode of a unix socket.
     pub socket_mode: u32,
     /// Group of a unix socket.
-    pub socket_group: Option<String>,
+    pub socket_group: Option<u32>,
     /// Largest request, bytes.
     pub max_body_bytes: usize,
     /// Most connections at once.
@@ -54,9 +54,21 @@ impl LocalWritten {
             token,
             allowed_hosts: self.allowed_hosts.unwrap_or_default(),
             socket_mode: socket_mode.ok_or("local.socket_mode: must be octal, like \"0660\"")?,
-            socket_group: self.socket_group,
+            socket_group: self.socket_group.as_deref().map(group_id).transpose()?,
             max_body_bytes: body as usize,
             max_connections: self.max_connections.map_or(1_024, NonZeroU32::get),
         })
     }
+}
+
+/// The number of a group: given as one, or by name in /etc/group.
+fn group_id(group: &str) -> Result<u32, String> {
+    if let Ok(id) = group.parse() {
+        return Ok(id);
+    }
+    let known =
+        std::fs::read_to_string("/etc/group").map_err(|error| format!("local.socket_group: /etc/group: {error}"))?;
+    let line = known.lines().map(|line| line.split(':').collect::<Vec<_>>());
+    let found = line.filter(|fields| fields.first() == Some(&group)).find_map(|fields| fields.get(2)?.parse().ok());
+    found.ok_or_else(|| format!("local.socket_group: no group {group}"))
 }

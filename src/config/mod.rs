@@ -1,6 +1,7 @@
 //! The config file: as it is written, and as the rest of the program needs it.
 //!
-//! Every value is checked where it is read, so that an error has its line and column.
+//! A value that cannot be read as what it should be is an error with its line and column; what only other values or
+//! files show to be wrong is one with its key.
 
 mod endpoint;
 mod files;
@@ -16,6 +17,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ipnet::IpNet;
+use rustls::pki_types::CertificateDer;
 use serde::Deserialize;
 
 use self::endpoint::EndpointWritten;
@@ -187,8 +189,8 @@ pub struct Config {
     pub dead_keep: Duration,
     /// `dead_letters.max`
     pub dead_max: u64,
-    /// `tls.extra_ca_file`
-    pub extra_ca_file: Option<PathBuf>,
+    /// What `tls.extra_ca_file` has.
+    pub extra_ca: Vec<CertificateDer<'static>>,
     /// `[open_api]`
     pub open_api: OpenApi,
     /// What is not wrong, but not as it should be.
@@ -256,7 +258,7 @@ impl Config {
         let mut all: Endpoints =
             self.endpoints.iter().map(|(name, endpoint)| (*name, Some(endpoint.clone()))).collect();
         for (name, entry) in entries {
-            match entry.endpoint(*name, &self.defaults) {
+            match entry.endpoint(*name, &self.defaults, self.endpoints.get(name)) {
                 Ok(endpoint) => drop(all.insert(*name, endpoint)),
                 Err(problem) => tracing::error!(endpoint = %name, problem, "a stored endpoint is of no use"),
             }
@@ -291,6 +293,8 @@ impl FileWritten {
         if let Some(url) = self.im_server.unwrap_or_default().survey_url {
             endpoints.insert(EndpointName::SURVEY, defaults.survey(url));
         }
+        let extra_ca = self.tls.unwrap_or_default().extra_ca_file;
+        let extra_ca = extra_ca.map(|path| endpoint::authorities("tls.extra_ca_file", &expand(&path))).transpose()?;
         let local = self.local.unwrap_or_default().check(&mut files)?;
         let open_api = self.open_api.unwrap_or_default().check(&mut files)?;
         let time = |written: Option<Time>, default: Duration| written.map_or(default, |time| time.0);
@@ -345,7 +349,7 @@ impl FileWritten {
             breaker_failures: self.breaker.unwrap_or_default().failures.map_or(10, NonZeroU32::get),
             dead_keep: positive("dead_letters.keep", time(dead_letters.keep, 14 * 24 * HOUR))?,
             dead_max: dead_letters.max.unwrap_or(0),
-            extra_ca_file: self.tls.unwrap_or_default().extra_ca_file.map(|path| expand(&path)),
+            extra_ca: extra_ca.unwrap_or_default(),
             open_api,
             warnings: files.warnings,
             log_level,

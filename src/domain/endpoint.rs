@@ -22,6 +22,13 @@ impl Plugin {
         (id <= Plugin::MAX).then_some(Plugin(id))
     }
 
+    /// The plugin that a parameter names: decimal digits and nothing else.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Plugin> {
+        let is_number = text.bytes().all(|byte| byte.is_ascii_digit());
+        text.parse().ok().filter(|_| is_number).and_then(Plugin::new)
+    }
+
     /// The id, 0 for none.
     #[must_use]
     pub fn id(self) -> u64 {
@@ -126,6 +133,15 @@ mod tests {
     fn names_read_back_as_written() {
         for name in ["default", "1", "12", "9223372036854775807"] {
             assert_eq!(name.parse::<EndpointName>().unwrap().to_string(), name);
+        }
+    }
+
+    #[test]
+    fn a_plugin_in_a_parameter_is_digits() {
+        assert_eq!(Plugin::parse("12"), Plugin::new(12));
+        assert_eq!(Plugin::parse("0"), Some(Plugin::NONE));
+        for text in ["", "+12", "-1", " 12", "12x", "9223372036854775808", "１２"] {
+            assert_eq!(Plugin::parse(text), None, "{text}");
         }
     }
 

@@ -27,6 +27,12 @@ impl std::fmt::Debug for HashKey {
 }
 
 impl HashKey {
+    /// The secret of a data directory, by its identity.
+    #[must_use]
+    pub fn of(identity: [u8; 32]) -> HashKey {
+        HashKey(std::array::from_fn(|at| identity.get(at).copied().unwrap_or(0)))
+    }
+
     /// The lane of a customer of a plugin for an endpoint.
     #[must_use]
     pub fn lane(&self, endpoint: EndpointName, plugin: Plugin, web_token: &str) -> LaneKey {
@@ -35,6 +41,13 @@ impl HashKey {
         hasher.write_u64(plugin.id());
         hasher.write(web_token.as_bytes());
         LaneKey(hasher.finish())
+    }
+
+    /// The lanes that a customer's pushes of a plugin may wait in, with their endpoints.
+    pub fn lanes(&self, plugin: Plugin, web_token: &str) -> impl Iterator<Item = (EndpointName, LaneKey)> {
+        let own = Some(EndpointName::of(plugin)).filter(|own| *own != EndpointName::DEFAULT);
+        let names = own.into_iter().chain([EndpointName::DEFAULT]);
+        names.map(move |endpoint| (endpoint, self.lane(endpoint, plugin, web_token)))
     }
 
     /// The bucket number of a name, over all plugins.

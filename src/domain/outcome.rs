@@ -105,6 +105,8 @@ pub enum Verdict {
     Again,
     /// The first event's record does not read back: nothing was sent.
     Damaged,
+    /// The journal cannot be read just now: nothing was sent, nothing counts, and it is tried again after a while.
+    Unread,
 }
 
 /// Codes of the IM server that no repetition changes: no such session, and a parameter is missing.
@@ -152,9 +154,11 @@ impl Report {
             Report::Status { .. } | Report::SurveyCode(_) => match self.verdict() {
                 Verdict::Delivered => AttemptResult::Ok,
                 Verdict::Refused | Verdict::Gone | Verdict::Rejected => AttemptResult::Refused,
-                Verdict::Throttled(_) | Verdict::Failed { .. } | Verdict::Again | Verdict::Damaged => {
-                    AttemptResult::ErrorStatus
-                }
+                Verdict::Throttled(_)
+                | Verdict::Failed { .. }
+                | Verdict::Again
+                | Verdict::Damaged
+                | Verdict::Unread => AttemptResult::ErrorStatus,
             },
             Report::Timeout => AttemptResult::Timeout,
             Report::Connect => AttemptResult::Connect,

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use bytes::Bytes;
 
 use super::Settings;
-use super::deliverer::{Deliverer, Push, Seen, Target};
+use super::deliverer::{Connection, Deliverer, Push, Seen, Target};
 use crate::clock;
 use crate::domain::endpoint::EndpointName;
 use crate::domain::keys::HashKey;
@@ -50,6 +50,8 @@ pub(super) struct Job {
     pub is_fixed: bool,
     pub attempt: u32,
     pub target: Arc<Target>,
+    /// On a connection of its own: the last one broke.
+    pub is_on_new: bool,
     pub flight: Arc<Flight>,
     pub hashing: HashKey,
     pub settings: Arc<Settings>,
@@ -88,14 +90,16 @@ impl Job {
         // What was read is given back before the answer is waited for: thousands of attempts may wait.
         let composed = match self.read() {
             Ok(stored) => self.compose(&stored, &mut done),
-            Err(verdict) => return Done { taken: 1, verdict, ..done },
+            Err(verdict) => return Done { verdict, ..done },
         };
         let Some((push, event_ids)) = composed else {
             return Done { taken: 1, verdict: Verdict::Damaged, ..done };
         };
         let webhook_id = self.settings.logs_attempts.then(|| push.id.clone());
         let begun = clock::now();
-        let seen = deliverer.attempt(&self.target, push, self.settings.timeout, || self.flight.may_send()).await;
+        let connection = if self.is_on_new { Connection::New } else { Connection::Any };
+        let may_send = || self.flight.may_send();
+        let seen = deliverer.attempt(&self.target, push, connection, self.settings.timeout, may_send).await;
         done.seconds = begun.elapsed().as_secs_f64();
         if let Some(Seen { report, detail }) = seen {
             done.verdict = report.verdict();
@@ -129,9 +133,10 @@ impl Job {
                     all.push(stored);
                 }
                 Ok(None) => break,
-                Err(error) if all.is_empty() => {
+                // A push that was tried goes as it was, or not at all.
+                Err(error) if all.is_empty() || self.is_fixed => {
                     tracing::error!(endpoint = %self.endpoint, %error, "the journal cannot be read just now");
-                    return Err(Verdict::Failed { hold: None, halves: false });
+                    return Err(Verdict::Unread);
                 }
                 Err(_) => break,
             }

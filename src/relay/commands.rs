@@ -8,8 +8,8 @@ use bytes::Bytes;
 use serde_json::json;
 use tokio::sync::oneshot;
 
-use super::deliverer::{Deliverer, Push};
-use super::{Relay, Settings};
+use super::deliverer::{Connection, Deliverer, Push};
+use super::{BuryWaiter, Relay, Settings};
 use crate::clock;
 use crate::config::{Endpoints, UrlRule};
 use crate::domain::endpoint::{EndpointName, Plugin};
@@ -164,13 +164,8 @@ impl Relay {
             Command::View(reply) => drop(reply.send(self.view())),
             Command::Waiting { plugin, web_token, reply } => {
                 let hashing = self.store.hashing();
-                let mut lanes = vec![EndpointName::of(plugin), EndpointName::DEFAULT];
-                lanes.dedup();
-                let waiting = lanes
-                    .into_iter()
-                    .map(|endpoint| hashing.lane(endpoint, plugin, &web_token))
-                    .map(|lane| u64::from(self.schedule.waiting(lane)))
-                    .sum();
+                let lanes = hashing.lanes(plugin, &web_token);
+                let waiting = lanes.map(|(_, lane)| u64::from(self.schedule.waiting(lane))).sum();
                 reply.send(waiting).ok();
             }
             Command::Lanes { endpoint, keys, after, most, reply } => {
@@ -183,6 +178,7 @@ impl Relay {
             }
             Command::RetryNow(endpoint, reply) => {
                 self.schedule.retry_now(endpoint, clock::micros());
+                self.drop_hold(endpoint);
                 reply.send(()).ok();
             }
             Command::Ping(reply) => drop(reply.send(())),
@@ -252,16 +248,27 @@ impl Relay {
             Some(keys) => keys.into_iter().filter_map(|key| self.schedule.lane_id(key)).collect(),
             None => self.schedule.lanes_from(0).filter(|lane| lane.endpoint == endpoint).map(|lane| lane.id).collect(),
         };
-        let count = lanes.into_iter().map(|lane| u64::from(self.schedule.bury(lane, first_only))).sum();
-        self.bury_waiters.push((count, reply));
+        let lanes = lanes.into_iter().filter(|lane| self.schedule.bury(*lane, first_only) > 0).collect();
+        self.bury_waiters.push(BuryWaiter { lanes, buried: 0, reply });
     }
 
-    /// Answers those who gave something up, when all of it is dead letters.
-    pub(super) fn answer_buried(&mut self) {
-        if !self.bury_waiters.is_empty() && !self.schedule.is_burying() {
-            for (count, reply) in self.bury_waiters.drain(..) {
-                reply.send(count).ok();
+    /// Counts what became dead letters of a lane for those who gave it up.
+    pub(super) fn count_buried(&mut self, lane: LaneId, events: u64) {
+        let is_burying = self.schedule.is_burying(lane);
+        for waiter in &mut self.bury_waiters {
+            if waiter.lanes.contains(&lane) {
+                waiter.buried += events;
+                if !is_burying {
+                    waiter.lanes.remove(&lane);
+                }
             }
+        }
+    }
+
+    /// Answers those who gave something up, when all of it is dead letters or was delivered.
+    pub(super) fn answer_buried(&mut self) {
+        for waiter in self.bury_waiters.extract_if(.., |waiter| waiter.lanes.is_empty()) {
+            waiter.reply.send(waiter.buried).ok();
         }
     }
 
@@ -288,10 +295,10 @@ impl Relay {
         let metrics = self.metrics_of(endpoint);
         tokio::spawn(async move {
             let begun = clock::now();
-            let seen = match deliverer.attempt(&target, push.clone(), timeout, || true).await {
+            let seen = match deliverer.attempt(&target, push.clone(), Connection::Any, timeout, || true).await {
                 // The pooled connection was closed: that says nothing of the address.
                 Some(seen) if seen.report == Report::StaleConnection => {
-                    deliverer.attempt(&target, push, timeout, || true).await
+                    deliverer.attempt(&target, push, Connection::New, timeout, || true).await
                 }
                 seen => seen,
             };

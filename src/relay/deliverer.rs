@@ -4,7 +4,7 @@
 //! head of the answer; the body is drained in the background within what is left of it, so that the connection can be
 //! used again.
 
-use std::path::Path;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -13,12 +13,15 @@ use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::{Body as _, Incoming};
 use hyper::client::conn::http1::SendRequest;
 use hyper::header::{self, HeaderMap, HeaderValue};
+use hyper::rt::Write as _;
 use hyper::{Request, Response};
 use hyper_rustls::HttpsConnector;
+use rustls::pki_types::CertificateDer;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tower_service::Service;
 
-use super::dialer::{DialError, Dialer, Resolver};
+use super::dialer::{DialError, Dialer};
+use super::resolver::Resolver;
 use crate::clock;
 use crate::config::{Endpoint, UrlRule};
 use crate::domain::endpoint::EndpointName;
@@ -28,6 +31,8 @@ use crate::domain::outcome::{self, Report};
 const IDLE_LIMIT: Duration = Duration::from_secs(30);
 /// An answer's body is read up to this, then its connection is dropped.
 const BODY_MAX: usize = 64 << 10;
+/// A connection may take so long to close, and an answer's body so long to come.
+const GOODBYE_LIMIT: Duration = Duration::from_secs(1);
 /// Most headers of an answer.
 const HEADERS_MAX: usize = 64;
 /// Largest head of an answer, bytes.
@@ -40,15 +45,19 @@ pub struct Target {
     connector: HttpsConnector<Dialer>,
     host: Option<HeaderValue>,
     idle: Mutex<Vec<Idle>>,
-    idle_places: Arc<Semaphore>,
+    /// For connections that are kept: of this endpoint, and of all.
+    places: [Arc<Semaphore>; 2],
 }
 
 #[derive(Debug)]
 struct Idle {
     sender: SendRequest<Full<Bytes>>,
     since: Instant,
-    _place: OwnedSemaphorePermit,
+    _place: Place,
 }
+
+/// The right to keep a connection after its attempt.
+type Place = [OwnedSemaphorePermit; 2];
 
 impl std::fmt::Debug for Target {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -57,6 +66,13 @@ impl std::fmt::Debug for Target {
 }
 
 impl Target {
+    /// A place to keep a connection at. Over all endpoints they are bounded too: descriptors are left for attempts and
+    /// callers.
+    fn place(&self) -> Option<Place> {
+        let [own, all] = &self.places;
+        Some([Arc::clone(own).try_acquire_owned().ok()?, Arc::clone(all).try_acquire_owned().ok()?])
+    }
+
     fn take_idle(&self) -> Option<SendRequest<Full<Bytes>>> {
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
         while let Some(found) = idle.pop() {
@@ -68,10 +84,14 @@ impl Target {
     }
 
     fn give_back(&self, sender: SendRequest<Full<Bytes>>) {
-        // Over all endpoints they are bounded too: descriptors are left for attempts and callers.
-        let Ok(place) = Arc::clone(&self.idle_places).try_acquire_owned() else { return };
+        if let Some(place) = self.place() {
+            self.keep(sender, place);
+        }
+    }
+
+    fn keep(&self, sender: SendRequest<Full<Bytes>>, place: Place) {
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
-        if idle.len() < self.endpoint.limits.concurrency as usize && !sender.is_closed() {
+        if !sender.is_closed() {
             idle.push(Idle { sender, since: clock::now(), _place: place });
         }
     }
@@ -118,6 +138,15 @@ impl std::fmt::Debug for Deliverer {
     }
 }
 
+/// Which connection an attempt takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Connection {
+    /// One that is idle, if there is one.
+    Any,
+    /// A new one: what breaks that is no accident of a connection kept for long.
+    New,
+}
+
 /// What is posted.
 #[derive(Clone, Debug)]
 pub struct Push {
@@ -129,29 +158,13 @@ pub struct Push {
     pub body: Bytes,
 }
 
-/// Why there is no deliverer.
-#[derive(Debug, thiserror::Error)]
-pub enum TlsError {
-    /// The file of a further CA cannot be used.
-    #[error("tls.extra_ca_file: {path}: {problem}")]
-    ExtraCa {
-        /// The file.
-        path: String,
-        /// What is wrong with it.
-        problem: String,
-    },
-    /// The TLS library refuses its own settings.
-    #[error("TLS: {0}")]
-    Settings(#[from] rustls::Error),
-}
-
 impl Deliverer {
-    /// Reads the certificates that are trusted: the system's, and those of a file. At most `idle_max` connections are
-    /// kept for later pushes, over all targets.
+    /// Trusts the system's certificates and these. At most `idle_max` connections are kept for later pushes, over all
+    /// targets.
     ///
     /// # Errors
-    /// The file is of no use.
-    pub fn new(extra_ca_file: Option<&Path>, idle_max: u32) -> Result<Deliverer, TlsError> {
+    /// A certificate is of no use.
+    pub fn new(extra_ca: &[CertificateDer<'static>], idle_max: u32) -> Result<Deliverer, rustls::Error> {
         let mut roots = rustls::RootCertStore::empty();
         let native = rustls_native_certs::load_native_certs();
         for error in &native.errors {
@@ -159,18 +172,8 @@ impl Deliverer {
         }
         let (usable, unusable) = roots.add_parsable_certificates(native.certs);
         tracing::debug!(usable, unusable, "trusted certificates of the system");
-        if let Some(path) = extra_ca_file {
-            let wrong = |problem: String| TlsError::ExtraCa { path: path.display().to_string(), problem };
-            use rustls::pki_types::pem::PemObject as _;
-            let certs = rustls::pki_types::CertificateDer::pem_file_iter(path)
-                .and_then(Iterator::collect::<Result<Vec<_>, _>>)
-                .map_err(|error| wrong(error.to_string()))?;
-            if certs.is_empty() {
-                return Err(wrong("holds no certificate".to_owned()));
-            }
-            for cert in certs {
-                roots.add(cert).map_err(|error| wrong(error.to_string()))?;
-            }
+        for cert in extra_ca {
+            roots.add(cert.clone())?;
         }
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
         let tls = rustls::ClientConfig::builder_with_provider(provider)
@@ -200,8 +203,9 @@ impl Deliverer {
             .https_or_http()
             .enable_http1()
             .wrap_connector(Dialer { resolver: Arc::clone(&self.resolver), rule });
-        let idle_places = Arc::clone(&self.idle_places);
-        Target { endpoint, connector, host, idle: Mutex::new(Vec::new()), idle_places }
+        let own = Arc::new(Semaphore::new(endpoint.limits.concurrency as usize));
+        let places = [own, Arc::clone(&self.idle_places)];
+        Target { endpoint, connector, host, idle: Mutex::new(Vec::new()), places }
     }
 
     /// Makes one attempt. `may_send` is asked right before the first byte; `None` if it says no. The body is held only
@@ -210,11 +214,12 @@ impl Deliverer {
         &self,
         target: &Arc<Target>,
         push: Push,
+        connection: Connection,
         timeout: Duration,
         may_send: impl FnOnce() -> bool,
     ) -> Option<Seen> {
         let deadline = tokio::time::Instant::now() + timeout;
-        let exchange = self.exchange(target, push, may_send);
+        let exchange = self.exchange(target, push, connection, may_send);
         let (response, sender) = match tokio::time::timeout_at(deadline, exchange).await {
             Err(_) => return Some(Report::Timeout.into()),
             Ok(Err(seen)) => return seen,
@@ -237,9 +242,11 @@ impl Deliverer {
         &self,
         target: &Target,
         push: Push,
+        connection: Connection,
         may_send: impl FnOnce() -> bool,
     ) -> Result<(Response<Incoming>, SendRequest<Full<Bytes>>), Option<Seen>> {
-        let (mut sender, is_reused) = match target.take_idle() {
+        let idle = if connection == Connection::Any { target.take_idle() } else { None };
+        let (mut sender, is_reused) = match idle {
             Some(sender) => (sender, true),
             None => (connect(target).await.map_err(Some)?, false),
         };
@@ -304,8 +311,14 @@ async fn connect(target: &Target) -> Result<SendRequest<Full<Bytes>>, Seen> {
         .handshake(stream)
         .await
         .map_err(|error| Seen { report: Report::Io, detail: Some(error.to_string()) })?;
-    // Ends when the sender is dropped or the peer closes.
-    tokio::spawn(connection);
+    // Ends when the sender is dropped or the peer closes. A peer that reads nothing keeps no connection: what is left to
+    // be written, TLS's good-bye too, is given a moment.
+    tokio::spawn(async move {
+        if let Ok(mut parts) = connection.without_shutdown().await {
+            let goodbye = std::future::poll_fn(|context| Pin::new(&mut parts.io).poll_shutdown(context));
+            drop(tokio::time::timeout(GOODBYE_LIMIT, goodbye).await);
+        }
+    });
     Ok(sender)
 }
 
@@ -345,7 +358,7 @@ async fn survey_answer(
     Report::survey(status, &text).into()
 }
 
-/// Drains the answer and keeps the connection, or drops both.
+/// Drains the answer and keeps the connection, or drops both: a body that is long in coming is not worth one.
 fn recycle(
     target: Arc<Target>,
     response: Response<Incoming>,
@@ -355,6 +368,8 @@ fn recycle(
     if response.body().is_end_stream() && sender.is_ready() {
         return target.give_back(sender);
     }
+    let Some(place) = target.place() else { return };
+    let deadline = deadline.min(tokio::time::Instant::now() + GOODBYE_LIMIT);
     tokio::spawn(async move {
         let mut sender = sender;
         let mut body = Limited::new(response.into_body(), BODY_MAX);
@@ -367,7 +382,7 @@ fn recycle(
             sender.ready().await.is_ok()
         });
         if drained.await == Ok(true) {
-            target.give_back(sender);
+            target.keep(sender, place);
         }
     });
 }

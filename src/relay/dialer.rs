@@ -3,32 +3,21 @@
 //! hyper-util's connector with a filtering resolver would not do: it does not ask the resolver about literals. Here
 //! every address passes the rule, wherever it came from, so that a name whose answer changes has nothing to win.
 
-use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use hyper::Uri;
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
-use tokio::sync::{OnceCell, Semaphore};
 use tower_service::Service;
 
-use crate::clock;
+use super::resolver::Resolver;
 use crate::config::UrlRule;
 
-/// Look-ups at once: they hold a thread each and cannot be cancelled.
-const LOOKUPS_MAX: usize = 32;
-/// How long a look-up may take.
-const LOOKUP_LIMIT: Duration = Duration::from_secs(5);
-/// How long an answer, and a failure, is good for.
-const KNOWN_FOR: Duration = Duration::from_secs(30);
-const UNKNOWN_FOR: Duration = Duration::from_secs(5);
-/// Names beyond which old answers are looked through.
-const NAMES_MAX: usize = 4_096;
 /// How long one of several addresses may take before the next has its turn.
 const ADDRESS_LIMIT: Duration = Duration::from_secs(3);
 
@@ -57,78 +46,6 @@ impl DialError {
     }
 }
 
-type Looked = Pin<Box<dyn Future<Output = io::Result<Vec<IpAddr>>> + Send>>;
-
-/// Resolves names: one look-up at a time for each, a few in all, the answers kept for a while.
-pub(super) struct Resolver {
-    look_up: Box<dyn Fn(String) -> Looked + Send + Sync>,
-    permits: Semaphore,
-    names: Mutex<HashMap<String, Arc<OnceCell<Answer>>>>,
-}
-
-struct Answer {
-    at: Instant,
-    addresses: Result<Vec<IpAddr>, String>,
-}
-
-impl Answer {
-    fn is_old(&self) -> bool {
-        let limit = if self.addresses.is_ok() { KNOWN_FOR } else { UNKNOWN_FOR };
-        self.at.elapsed() >= limit
-    }
-}
-
-impl Resolver {
-    /// As this host resolves names.
-    pub(super) fn system() -> Resolver {
-        Resolver::new(|host| {
-            Box::pin(async move {
-                let found = tokio::net::lookup_host((host, 0)).await?;
-                Ok(found.map(|address| address.ip()).collect())
-            })
-        })
-    }
-
-    fn new(look_up: impl Fn(String) -> Looked + Send + Sync + 'static) -> Resolver {
-        let (look_up, names) = (Box::new(look_up), Mutex::new(HashMap::new()));
-        Resolver { look_up, permits: Semaphore::new(LOOKUPS_MAX), names }
-    }
-
-    async fn resolve(&self, host: &str) -> Result<Vec<IpAddr>, DialError> {
-        if let Ok(address) = host.parse() {
-            return Ok(vec![address]);
-        }
-        let cell = self.cell(host);
-        let answer = cell.get_or_init(|| self.ask(host)).await;
-        answer.addresses.clone().map_err(DialError::Lookup)
-    }
-
-    fn cell(&self, host: &str) -> Arc<OnceCell<Answer>> {
-        let mut names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
-        if names.len() >= NAMES_MAX {
-            names.retain(|_, cell| cell.get().is_none_or(|answer| !answer.is_old()));
-        }
-        let cell = names.entry(host.to_owned()).or_default();
-        if cell.get().is_some_and(Answer::is_old) {
-            *cell = Arc::default();
-        }
-        Arc::clone(cell)
-    }
-
-    async fn ask(&self, host: &str) -> Answer {
-        let look_up = async {
-            let _permit = self.permits.acquire().await.map_err(io::Error::other)?;
-            (self.look_up)(host.to_owned()).await
-        };
-        let addresses = match tokio::time::timeout(LOOKUP_LIMIT, look_up).await {
-            Ok(Ok(addresses)) if addresses.is_empty() => Err("the host has no address".to_owned()),
-            Ok(found) => found.map_err(|error| error.to_string()),
-            Err(_) => Err(format!("no answer within {} s", LOOKUP_LIMIT.as_secs())),
-        };
-        Answer { at: clock::now(), addresses }
-    }
-}
-
 /// Connects to the addresses of a host that the rule permits.
 #[derive(Clone)]
 pub(super) struct Dialer {
@@ -145,7 +62,7 @@ impl Dialer {
             return Err(DialError::HttpForbidden);
         }
         let port = uri.port_u16().unwrap_or(if is_https { 443 } else { 80 });
-        let found = self.resolver.resolve(host).await?;
+        let found = self.resolver.resolve(host).await.map_err(DialError::Lookup)?;
         let (permitted, forbidden): (Vec<IpAddr>, Vec<IpAddr>) =
             found.into_iter().partition(|address| self.rule.addresses.permits(*address));
         let Some((last, others)) = permitted.split_last() else {
@@ -216,7 +133,7 @@ mod tests {
             dialer(&["127.0.0.2/32"], move |count| Ok(vec![answers[count % answers.len()].parse().unwrap()]));
         let uri: Uri = format!("http://rebinding.test:{port}/").parse().unwrap();
         for _ in 0..6 {
-            dialer.resolver.names.lock().unwrap().clear();
+            dialer.resolver.forget();
             dialer.clone().dial(uri.clone()).await.unwrap_err();
         }
         assert_eq!(asked.load(Ordering::SeqCst), 6);
@@ -250,28 +167,5 @@ mod tests {
             assert!(error.is_blocked(), "{host}: {error}");
         }
         assert!(!accepted(&listener).await);
-    }
-
-    #[tokio::test]
-    async fn a_name_is_looked_up_once_for_many_and_again_when_it_failed() {
-        let (dialer, asked) = dialer(&[], |count| match count {
-            0 => Err(io::Error::other("no such name")),
-            _ => Ok(vec!["127.0.0.1".parse().unwrap()]),
-        });
-        let resolver = Arc::clone(&dialer.resolver);
-        let (one, two) = tokio::join!(resolver.resolve("a.test"), resolver.resolve("a.test"));
-        assert!(matches!((one, two), (Err(DialError::Lookup(_)), Err(DialError::Lookup(_)))));
-        assert_eq!(asked.load(Ordering::SeqCst), 1, "one look-up for both, and the failure is kept");
-        resolver.names.lock().unwrap().clear();
-        assert!(resolver.resolve("a.test").await.is_ok() && resolver.resolve("a.test").await.is_ok());
-        assert_eq!(asked.load(Ordering::SeqCst), 2);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_resolver_that_hangs_costs_five_seconds_and_no_more() {
-        let resolver = Resolver::new(|_| Box::pin(std::future::pending()));
-        let begun = tokio::time::Instant::now();
-        assert!(matches!(resolver.resolve("a.test").await, Err(DialError::Lookup(_))));
-        assert_eq!(begun.elapsed(), LOOKUP_LIMIT);
     }
 }

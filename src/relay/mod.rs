@@ -4,10 +4,12 @@ mod attempt;
 mod commands;
 mod deliverer;
 mod dialer;
+mod holds;
 mod limits;
 mod reports;
+mod resolver;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,8 +18,9 @@ use tokio::task::JoinSet;
 
 use self::attempt::{Done, Flight, Job};
 pub use self::commands::{AttemptsSeen, Command, Configure, LaneShown, Tested, View};
+pub use self::deliverer::Deliverer;
 use self::deliverer::Target;
-pub use self::deliverer::{Deliverer, TlsError};
+pub use self::holds::holds;
 pub use self::limits::max_in_flight;
 use crate::clock;
 use crate::config::{Endpoints, UrlRule};
@@ -35,6 +38,8 @@ const BATCH: usize = 256;
 pub const NOTICES_MAX: usize = 1_024;
 /// Questions that may wait for the relay.
 pub const COMMANDS_MAX: usize = 64;
+/// Events that become dead letters with one sync, and up to a lane's share more.
+const BURIED_AT_ONCE: usize = 64;
 /// How long a burial that failed waits.
 const BURY_AGAIN: Duration = Duration::from_secs(1);
 /// Lanes whose last error is kept.
@@ -59,7 +64,27 @@ struct Buried {
     burial: Burial,
     /// Taken before: a compaction may move the events meanwhile.
     seqs: Vec<u64>,
-    is_done: bool,
+    end: BurialEnd,
+}
+
+/// How a burial ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum BurialEnd {
+    Done,
+    /// An event cannot be read just now.
+    Unread,
+    /// The dead letters cannot be written just now.
+    Unwritten,
+}
+
+/// Who gave lanes up.
+#[derive(Debug)]
+struct BuryWaiter {
+    /// Those in which some are still to become dead letters.
+    lanes: HashSet<LaneId>,
+    /// Events that did.
+    buried: u64,
+    reply: oneshot::Sender<u64>,
 }
 
 /// The relay's task.
@@ -75,8 +100,14 @@ pub struct Relay {
     /// Attempts in flight, to be told when they are withdrawn before they have begun to send.
     flights: HashMap<u32, Arc<Flight>>,
     attempts: JoinSet<Done>,
-    burying: JoinSet<Buried>,
+    burying: JoinSet<Vec<Buried>>,
     bury_not_before: u64,
+    /// How often a lane's burial could not read its events.
+    unread: HashMap<LaneId, u32>,
+    /// Withdrawals that wait for a burial to end, with how many events were withdrawn so far.
+    withdrawing: Vec<(WithdrawCustomer, u64)>,
+    /// Lanes whose last connection broke.
+    broken: HashSet<LaneId>,
     notes: Vec<Note>,
     /// Events that ended in this turn, by endpoint.
     ended: HashMap<EndpointName, u64>,
@@ -88,8 +119,7 @@ pub struct Relay {
     seen: AttemptsSeen,
     /// What the last attempt of a lane failed with, for as many lanes as there is room.
     lane_errors: HashMap<LaneId, Arc<str>>,
-    /// Who waits until nothing is being given up any more, with how many events that was.
-    bury_waiters: Vec<(u64, oneshot::Sender<u64>)>,
+    bury_waiters: Vec<BuryWaiter>,
     reap_at: u64,
     newest_slot: Option<u16>,
 }
@@ -119,6 +149,9 @@ impl Relay {
             attempts: JoinSet::new(),
             burying: JoinSet::new(),
             bury_not_before: 0,
+            unread: HashMap::new(),
+            withdrawing: Vec::new(),
+            broken: HashSet::new(),
             notes: Vec::new(),
             ended: HashMap::new(),
             heard,
@@ -175,7 +208,7 @@ impl Relay {
                         self.take_report(done);
                     }
                 }
-                Some(buried) = self.burying.join_next() => self.take_burial(buried),
+                Some(buried) = self.burying.join_next() => self.take_burials(buried),
                 Some(command) = commands.recv() => self.answer(command),
                 () = sleep_until(wake) => {}
             }
@@ -222,7 +255,7 @@ impl Relay {
                                 None => tracing::error!(slot = event.slot, "an event in no segment"),
                             }
                         }
-                        Item::Withdraw(customer) => self.withdraw(customer),
+                        Item::Withdraw(customer) => self.withdraw(customer, 0),
                     }
                 }
                 self.heard = end;
@@ -244,19 +277,23 @@ impl Relay {
         compacted.done.send(()).ok();
     }
 
-    /// Withdraws what waits of a customer, and answers when that is durable.
-    fn withdraw(&mut self, customer: WithdrawCustomer) {
-        let mut withdrawn = 0;
-        for endpoint in [EndpointName::of(customer.plugin), EndpointName::DEFAULT] {
-            let lane = self.store.hashing().lane(endpoint, customer.plugin, &customer.web_token);
-            if let Some(id) = self.schedule.lane_id(lane) {
-                self.lane_errors.remove(&id);
-            }
+    /// Withdraws what waits of a customer, and answers when that is durable; where some are being made dead letters, when
+    /// that has ended too. `withdrawn`: events so far.
+    fn withdraw(&mut self, customer: WithdrawCustomer, mut withdrawn: u64) {
+        let mut is_burying = false;
+        let hashing = self.store.hashing();
+        for (endpoint, lane) in hashing.lanes(customer.plugin, &customer.web_token) {
+            let id = self.schedule.lane_id(lane);
             let found = self.schedule.withdraw(lane);
+            if let Some(id) = id {
+                self.lane_errors.remove(&id);
+                self.count_buried(id, 0);
+            }
+            is_burying |= found.is_burying;
             if found.events.is_empty() && !found.had_retry {
                 continue;
             }
-            if let Some(id) = self.schedule.lane_id(lane)
+            if let Some(id) = id
                 && let Some(flight) = self.flights.get(&id)
             {
                 flight.withdraw();
@@ -269,6 +306,9 @@ impl Relay {
             self.notes.push(Note::Settled { lane, ending: Ending::Withdrawn, retry_is_over: found.had_retry, seqs });
         }
         self.write_notes();
+        if is_burying {
+            return self.withdrawing.push((customer, withdrawn));
+        }
         let synced = self.store.sync();
         tokio::spawn(async move {
             if synced.await.is_ok() {
@@ -303,8 +343,15 @@ impl Relay {
         }
         if self.burying.is_empty() && self.bury_not_before <= now {
             self.bury_not_before = 0;
-            if let Some(burial) = self.schedule.next_bury() {
-                self.bury(burial);
+            let (mut burials, mut events) = (Vec::new(), 0);
+            while events < BURIED_AT_ONCE
+                && let Some(burial) = self.schedule.next_bury()
+            {
+                events += burial.events.len();
+                burials.push(burial);
+            }
+            if !burials.is_empty() {
+                self.bury(burials);
             }
         }
     }
@@ -325,6 +372,7 @@ impl Relay {
             is_fixed: start.is_fixed,
             attempt: start.attempt,
             target,
+            is_on_new: self.broken.remove(&start.lane),
             flight,
             hashing: self.store.hashing(),
             settings: Arc::clone(&self.settings),

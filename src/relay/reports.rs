@@ -2,39 +2,80 @@
 
 use std::sync::Arc;
 
-use super::attempt::Done;
-use super::{BURY_AGAIN, Buried, LANE_ERRORS_MAX, Relay, micros};
+use super::attempt::{Done, Place};
+use super::{BURY_AGAIN, BurialEnd, Buried, LANE_ERRORS_MAX, Relay, micros};
 use crate::clock;
 use crate::domain::endpoint::EndpointName;
 use crate::domain::keys::LaneKey;
 use crate::domain::outcome::{AttemptResult, Verdict};
 use crate::domain::schedule::{Breaker, Burial, LaneId, Moment};
-use crate::store::{Ending, Letter, Note};
+use crate::store::{Ending, Letter, Note, Store};
+
+/// How often a burial that cannot read an event is tried again, before the event counts as damaged.
+const UNREAD_MAX: u32 = 10;
+
+/// A burial with all that it needs.
+struct Grave {
+    burial: Burial,
+    places: Vec<Place>,
+    seqs: Vec<u64>,
+    problem: Option<Arc<str>>,
+    is_last_try: bool,
+}
+
+impl Grave {
+    /// Reads the events. `None`: one cannot be read just now.
+    fn letters(&self, store: &Store) -> Option<Vec<Letter>> {
+        let burial = &self.burial;
+        let mut letters = Vec::with_capacity(self.places.len());
+        for (place, seq) in self.places.iter().zip(self.seqs.iter().copied()) {
+            let stored = match place.reader.as_ref().map(|reader| reader.read(place.offset)) {
+                Some(Ok(stored)) => stored,
+                Some(Err(_)) if !self.is_last_try => return None,
+                Some(Err(_)) | None => None,
+            };
+            if stored.is_none() {
+                store.damaged("journal");
+                tracing::error!(endpoint = %burial.endpoint, seq, "an event's record is damaged: its content is lost");
+            }
+            let (problem, reason, attempts) = (self.problem.clone(), burial.reason, burial.attempts);
+            letters.push(Letter { seq, endpoint: burial.endpoint, stored, reason, attempts, problem });
+        }
+        Some(letters)
+    }
+}
 
 impl Relay {
-    pub(super) fn bury(&mut self, burial: Burial) {
-        let places = self.places(&burial.events);
-        let seqs = self.seqs(&burial.events);
+    /// Makes events dead letters, with one sync for all.
+    pub(super) fn bury(&mut self, burials: Vec<Burial>) {
+        let work: Vec<Grave> = burials.into_iter().map(|burial| self.grave(burial)).collect();
         let store = self.store.clone();
-        let problem = self.lane_errors.get(&burial.lane).cloned();
         self.burying.spawn_blocking(move || {
-            let mut letters = Vec::with_capacity(places.len());
-            for (place, seq) in places.iter().zip(seqs.iter().copied()) {
-                let stored = match place.reader.as_ref().map(|reader| reader.read(place.offset)) {
-                    Some(Ok(stored)) => stored,
-                    // Not readable just now: later.
-                    Some(Err(_)) => return Buried { burial, seqs, is_done: false },
-                    None => None,
-                };
-                if stored.is_none() {
-                    store.damaged("journal");
-                    tracing::error!(endpoint = %burial.endpoint, seq, "an event's record is damaged: its content is lost");
-                }
-                letters.push(Letter { seq, endpoint: burial.endpoint, stored, problem: problem.clone() });
+            let mut letters = Vec::new();
+            let mut buried = Vec::with_capacity(work.len());
+            for grave in work {
+                let found = grave.letters(&store);
+                let end = if found.is_some() { BurialEnd::Done } else { BurialEnd::Unread };
+                letters.extend(found.into_iter().flatten());
+                buried.push(Buried { burial: grave.burial, seqs: grave.seqs, end });
             }
-            let is_done = store.bury(&letters, burial.reason, burial.attempts, clock::wall_ms()).is_ok();
-            Buried { burial, seqs, is_done }
+            if store.bury(&letters, clock::wall_ms()).is_err() {
+                for buried in &mut buried {
+                    buried.end = BurialEnd::Unwritten;
+                }
+            }
+            buried
         });
+    }
+
+    fn grave(&self, burial: Burial) -> Grave {
+        Grave {
+            places: self.places(&burial.events),
+            seqs: self.seqs(&burial.events),
+            problem: self.lane_errors.get(&burial.lane).cloned(),
+            is_last_try: self.unread.get(&burial.lane).is_some_and(|times| *times >= UNREAD_MAX),
+            burial,
+        }
     }
 
     pub(super) fn take_report(&mut self, done: Result<Done, tokio::task::JoinError>) {
@@ -61,6 +102,9 @@ impl Relay {
         }
         if done.verdict == Verdict::Damaged {
             self.store.damaged("journal");
+        }
+        if done.verdict == Verdict::Again && done.result.is_some() {
+            self.broken.insert(done.lane);
         }
         self.note_error(done.lane, done.endpoint, done.result, done.detail);
         self.report(done.lane, done.taken, done.verdict);
@@ -101,11 +145,15 @@ impl Relay {
         let endpoint = self.schedule.endpoint_of(lane);
         let outcome = self.schedule.reported(lane, taken, verdict, moment);
         let (Some(key), Some(endpoint)) = (outcome.lane, endpoint) else { return };
+        self.count_buried(lane, 0);
         self.metrics.withdrawn.inc_by(u64::from(outcome.withdrawn_late));
         if !outcome.delivered_late.is_empty() {
             // Recorded as withdrawn before: whoever asks for such an event is told that it was pushed.
             let seqs = self.seqs(&outcome.delivered_late);
             self.notes.push(Note::Settled { lane: key, ending: Ending::Delivered, retry_is_over: false, seqs });
+        }
+        if let Some(wait) = outcome.held {
+            self.keep_hold(endpoint, wait);
         }
         match outcome.breaker {
             Some(Breaker::WentDown) => tracing::warn!(%endpoint, "the endpoint is down: probing it"),
@@ -133,20 +181,31 @@ impl Relay {
         }
     }
 
-    pub(super) fn take_burial(&mut self, done: Result<Buried, tokio::task::JoinError>) {
-        let Buried { burial, seqs, is_done } = match done {
-            Ok(done) => done,
-            Err(error) => return tracing::error!(%error, "a burial ended without a report"),
-        };
+    pub(super) fn take_burials(&mut self, done: Result<Vec<Buried>, tokio::task::JoinError>) {
+        match done {
+            Ok(done) => done.into_iter().for_each(|buried| self.take_burial(buried)),
+            Err(error) => tracing::error!(%error, "burials ended without a report"),
+        }
+        for (customer, withdrawn) in std::mem::take(&mut self.withdrawing) {
+            self.withdraw(customer, withdrawn);
+        }
+    }
+
+    fn take_burial(&mut self, Buried { burial, seqs, end }: Buried) {
         let now = clock::micros();
-        if !is_done {
+        if end != BurialEnd::Done {
+            if end == BurialEnd::Unread {
+                *self.unread.entry(burial.lane).or_default() += 1;
+            }
             self.schedule.not_buried(&burial);
             self.bury_not_before = now + micros(BURY_AGAIN);
             return;
         }
+        self.unread.remove(&burial.lane);
         let count = burial.events.len() as u64;
         let lane = self.schedule.lane_key(burial.lane).unwrap_or(LaneKey(0));
         self.schedule.buried(&burial, now);
+        self.count_buried(burial.lane, count);
         if self.schedule.waiting(lane) == 0 {
             self.lane_errors.remove(&burial.lane);
         }

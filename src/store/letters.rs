@@ -21,6 +21,10 @@ pub struct Letter {
     pub endpoint: EndpointName,
     /// The event; `None` when its record does not read back.
     pub stored: Option<Stored>,
+    /// Why it is given up.
+    pub reason: DeathReason,
+    /// Attempts that were made.
+    pub attempts: u32,
     /// What its last attempt failed with.
     pub problem: Option<Arc<str>>,
 }
@@ -66,19 +70,22 @@ impl Store {
     ///
     /// # Errors
     /// They are not buried.
-    pub fn bury(&self, letters: &[Letter], reason: DeathReason, attempts: u32, now_ms: u64) -> io::Result<()> {
+    pub fn bury(&self, letters: &[Letter], now_ms: u64) -> io::Result<()> {
         let dead: Vec<Dead<'_>> = letters
             .iter()
             .map(|letter| Dead {
                 seq: letter.seq,
-                reason,
+                reason: letter.reason,
                 buried_ms: now_ms,
-                attempts,
+                attempts: letter.attempts,
                 event: letter.stored.as_ref().and_then(Stored::event),
                 endpoint: letter.endpoint,
                 problem: letter.problem.as_deref(),
             })
             .collect();
+        if dead.is_empty() {
+            return Ok(());
+        }
         let result = lock(&self.inner.dead).bury(&dead, now_ms);
         result.inspect_err(|error| self.inner.failed("bury", error))
     }

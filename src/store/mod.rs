@@ -247,6 +247,12 @@ impl Store {
         self.inner.free_bytes.load(Ordering::Relaxed)
     }
 
+    /// Free space below which events are refused, bytes: as of the start.
+    #[must_use]
+    pub fn free_floor(&self) -> u64 {
+        self.inner.settings.free_min
+    }
+
     /// Whether events are refused for want of space.
     #[must_use]
     pub fn is_disk_low(&self) -> bool {
@@ -307,11 +313,7 @@ pub fn encode_event(event: Accepted<'_>) -> Vec<u8> {
 
 impl Inner {
     fn hashing(&self) -> HashKey {
-        let mut key = [0; 16];
-        for (place, byte) in key.iter_mut().zip(self.identity) {
-            *place = byte;
-        }
-        HashKey(key)
+        HashKey::of(self.identity)
     }
 
     fn queue(&self) -> Option<Arc<Queue>> {

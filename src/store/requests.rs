@@ -61,6 +61,15 @@ impl Store {
         self.wait(ticket).await
     }
 
+    /// Sets or unsets with the next group, without waiting: of no use where nothing can be stored just now.
+    pub fn note_setting(&self, key: &str, value: Option<String>) {
+        // Nobody waits for it.
+        if let Err(refusal) = lock(&self.inner.admission).set(key, value).map(drop) {
+            tracing::debug!(key, ?refusal, "not kept");
+        }
+        self.wake_writer();
+    }
+
     /// Uses a nonce up, durably. `false`: it was used before, or too many are remembered.
     ///
     /// # Errors

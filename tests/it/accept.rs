@@ -169,6 +169,8 @@ fn duplicates_are_known_by_event_id_or_by_message_ids_within_a_plugin() {
     let dir = relay.stop();
     let relay = Relay::start_in(dir, &config(receiver.address, ""));
     assert_eq!(relay.post(&event("a", "m1")).json()["outcome"], "duplicate");
+    relay.done("PUT", "/v1/endpoints/12", &json!({ "url": null }));
+    assert_eq!(relay.post(&event("a", "m1")).json()["outcome"], "duplicate", "before the gate");
 }
 
 #[test]

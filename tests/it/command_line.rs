@@ -69,6 +69,8 @@ fn operators_see_and_do_everything_from_the_command_line() {
     let failed = run(&relay, &["customers", "show", "nobody"]);
     assert_eq!(failed.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&failed.stderr).contains("no such customer"));
+    let toggle = ["toggle", "set", "--web-token", "nobody", "--plugin", "12", "off"];
+    assert_eq!(run(&relay, &toggle).status.code(), Some(1), "nothing was stored");
     assert_eq!(run(&relay, &["dead-letters", "purge"]).status.code(), Some(2), "nothing is selected");
     assert_eq!(run(&relay, &["store", "stats"]).status.code(), Some(1), "the relay is running");
     let dir = relay.kill();
@@ -107,30 +109,31 @@ fn a_stopped_store_is_verified_counted_and_exported() {
         theirs.map(|event| event["messages"][0]["message_id"].as_str().unwrap()).collect()
     };
     assert_eq!((of("c0"), of("c1")), (vec!["m0", "m2", "m4"], vec!["m1", "m3"]));
+    // Damage is said, with its place.
+    let journal = dir.path().join("data/journal");
+    let mut segments: Vec<_> = std::fs::read_dir(&journal).unwrap().map(|entry| entry.unwrap().path()).collect();
+    segments.retain(|path| path.extension().is_some_and(|extension| extension == "log"));
+    let m0 = |bytes: &[u8]| bytes.windows(4).position(|window| window == b"\"m0\"");
+    let (path, whole, at) = segments
+        .into_iter()
+        .find_map(|path| {
+            let bytes = std::fs::read(&path).unwrap();
+            m0(&bytes).map(|at| (path, bytes, at))
+        })
+        .unwrap();
+    let mut damaged = whole.clone();
+    damaged[at] ^= 1;
+    std::fs::write(&path, damaged).unwrap();
+    let output = store("verify");
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(text(&output).contains("DAMAGED"));
+    std::fs::write(&path, whole).unwrap();
     // Looking changed nothing: the relay delivers all of it.
     receiver.answer_status(200);
     let relay = Relay::start_in(std::sync::Arc::clone(&dir), &config(receiver.address, ""));
     relay.call("POST", "/v1/endpoints/12/retry", &Value::Null);
     receiver.wait_delivered(5);
     drop(relay.stop());
-    // Damage is said, with its place.
-    let journal = dir.path().join("data/journal");
-    let mut segments: Vec<_> = std::fs::read_dir(&journal).unwrap().map(|entry| entry.unwrap().path()).collect();
-    segments.retain(|path| path.extension().is_some_and(|extension| extension == "log"));
-    segments.sort();
-    let bytes = std::fs::read(&segments[0]).unwrap();
-    let at = bytes
-        .windows(4)
-        .position(|window| window == b"\"m0\"")
-        .or_else(|| bytes.windows(2).position(|window| window == b"c0"));
-    if let Some(at) = at {
-        let mut damaged = bytes;
-        damaged[at] ^= 1;
-        std::fs::write(&segments[0], damaged).unwrap();
-        let output = store("verify");
-        assert_eq!(output.status.code(), Some(1), "{output:?}");
-        assert!(text(&output).contains("DAMAGED"));
-    }
 }
 
 #[test]

@@ -64,6 +64,22 @@ fn an_endpoint_set_by_a_call_wins_over_the_file_until_it_is_deleted() {
 }
 
 #[test]
+fn a_new_address_keeps_the_secret_of_the_file() {
+    let receiver = Receiver::start();
+    let relay = Relay::start(&config(receiver.address, &format!("secret = \"{SECRET}\"\n")));
+    let url = format!("http://{}/new", receiver.address);
+    assert_eq!(relay.done("PUT", "/v1/endpoints/12", &json!({ "url": url }))["signed"], true);
+    relay.queue(&event("a", "m"));
+    assert!(!receiver.wait_pushes(1)[0].header("webhook-signature").is_empty());
+    assert_eq!(relay.done("PUT", "/v1/endpoints/12", &json!({ "url": url, "secret": null }))["signed"], false);
+    assert_eq!(
+        relay.done("PUT", "/v1/endpoints/12", &json!({ "url": url }))["signed"],
+        false,
+        "what was removed is gone"
+    );
+}
+
+#[test]
 fn no_address_means_no_push_and_what_waits_goes_to_the_address_of_the_moment() {
     let receiver = Receiver::start();
     let relay = Relay::start(&format!(

@@ -31,6 +31,14 @@ fn check_config_prints_what_comes_of_it_and_says_where_it_is_wrong() {
         assert_eq!((code, out.as_str()), (Some(78), ""));
         assert!(error.contains(path) && error.contains("line 3, column 1") && error.contains("timeuot"), "{error}");
     }
+    for wrong in ["[tls]\nextra_ca_file = \"/nowhere.pem\"", "[local]\nsocket_group = \"nobody-of-that-name\""] {
+        std::fs::write(path, wrong).unwrap();
+        assert_eq!(run(&["check-config", "--config", path]).0, Some(78), "{wrong}");
+        assert_eq!(run(&["--config", path]).0, Some(78), "{wrong}");
+    }
+    let unreachable = "[push]\nallow_networks = []\n[endpoints.12]\nurl = \"http://127.0.0.1:9000/\"";
+    std::fs::write(path, unreachable).unwrap();
+    assert!(run(&["check-config", "--config", path]).1.contains("no push will reach it"));
     assert_eq!(run(&["--config", "/nowhere.toml"]).0, Some(78));
     assert_eq!(run(&["--no-such-flag"]).0, Some(2));
 }

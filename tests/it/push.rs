@@ -4,9 +4,58 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use serde_json::Value;
+
 use super::support::*;
 
 const QUICK: &str = "[backoff]\ninitial = \"100ms\"\nmax = \"400ms\"\n";
+
+#[test]
+fn an_event_that_breaks_every_connection_is_tried_again_like_any_failure() {
+    let receiver = Receiver::start();
+    receiver.answer(|push| match push.customer().as_str() {
+        "poison" => Answer::Break,
+        _ => Answer::After(Duration::from_millis(2), 200),
+    });
+    let text = config(receiver.address, "[backoff]\ninitial = \"300ms\"\nmax = \"1s\"\n");
+    let relay = Relay::start(&text);
+    relay.queue(&event("well", "first"));
+    receiver.wait_delivered(1);
+    relay.call("POST", "/v1/endpoints/12/pause", &Value::Null);
+    relay.queue(&event("poison", "m"));
+    for number in 0..1_500 {
+        relay.queue(&event(&format!("c{number}"), &format!("m{number}")));
+    }
+    // With all of them ready, connections that work come back all the time, to be taken.
+    relay.call("POST", "/v1/endpoints/12/resume", &Value::Null);
+    receiver.wait_delivered(1_501);
+    // On a connection that was kept, and then on a new one: what breaks that is a failure.
+    let mut tries: HashMap<String, usize> = HashMap::new();
+    for push in receiver.pushes().iter().filter(|push| push.customer() == "poison") {
+        *tries.entry(push.header("h5push-attempt").to_owned()).or_default() += 1;
+    }
+    assert!(!tries.is_empty() && tries.values().all(|times| *times <= 2), "{tries:?}");
+}
+
+#[test]
+fn retry_after_holds_over_a_restart() {
+    let receiver = Receiver::start();
+    receiver.answer(|_| Answer::With(429, "retry-after", "4"));
+    let text = config(receiver.address, "");
+    let relay = Relay::start(&text);
+    relay.queue(&event("a", "m"));
+    let first = receiver.wait_pushes(1)[0].at;
+    relay.wait_metric("h5push_push_attempts_total", &[("endpoint", "12"), ("result", "error_status")], |count| {
+        count == 1.0
+    });
+    let mut dir = relay.kill();
+    dir = Relay::start_in(dir, &text).stop();
+    receiver.answer_status(200);
+    let _relay = Relay::start_in(dir, &text);
+    receiver.wait_delivered(1);
+    let waited = receiver.delivered()[0].at - first;
+    assert!(waited >= Duration::from_millis(3_900), "{waited:?}");
+}
 
 #[test]
 fn waiting_events_of_a_customer_go_together_within_the_bounds() {

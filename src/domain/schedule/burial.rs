@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 
 use super::Schedule;
-use super::lanes::{Lane, LaneId, State};
+use super::lanes::{Lane, LaneId, Retry, State};
 use super::reports::after_singles;
 use crate::domain::backlog::Handle;
 use crate::domain::endpoint::EndpointName;
@@ -27,6 +27,16 @@ pub struct Burial {
     pub attempts: u32,
 }
 
+/// A lane whose first events are to be given up.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Burying {
+    /// How many.
+    pub left: u32,
+    /// How many of those are in a [`Burial`] that was handed out.
+    pub handed: u32,
+    pub reason: DeathReason,
+}
+
 impl Schedule {
     /// Gives up what waits in a lane, or only its first event. What is in flight is given up if the attempt fails.
     /// Answers how many events that is at most.
@@ -34,6 +44,8 @@ impl Schedule {
         let Some(lane) = self.lanes.get(lane_id).copied() else { return 0 };
         let count = if first_only { lane.len.min(1) } else { lane.len };
         match lane.state {
+            // Emptied by a withdrawal: it leaves its queue when its turn comes.
+            State::Ready | State::Waiting if count == 0 => 0,
             State::Free | State::Burying => 0,
             State::Ready | State::Waiting => {
                 self.begin_burying(lane_id, count, DeathReason::Buried);
@@ -49,20 +61,35 @@ impl Schedule {
         }
     }
 
-    /// Whether anything is being given up.
+    /// Whether anything of a lane is being given up, or will be after its attempt.
     #[must_use]
-    pub fn is_burying(&self) -> bool {
-        !self.burying.is_empty() || self.flights.values().any(|flight| flight.bury > 0)
+    pub fn is_burying(&self, lane: LaneId) -> bool {
+        self.burying.contains_key(&lane) || self.flights.get(&lane).is_some_and(|flight| flight.bury > 0)
     }
 
-    /// The next events to be given up.
+    /// The next events to be given up. They stay in their lane until [`Schedule::buried`].
     pub fn next_bury(&mut self) -> Option<Burial> {
-        let (lane_id, count, reason) = self.to_bury.pop_front()?;
-        let lane = self.lanes.get(lane_id).copied()?;
-        let endpoint = self.endpoints.get(lane.endpoint as usize)?.name;
-        let events = self.chain(lane.head, count.min(BURY_EVENTS_MAX));
-        let attempts = self.lanes.retry(lane_id).map_or(0, |retry| retry.tries.max(retry.attempts));
-        Some(Burial { lane: lane_id, endpoint, events, reason, attempts })
+        loop {
+            let id = self.to_bury.pop_front()?;
+            let Some(endpoint) = self.endpoint_mut(id) else { continue };
+            let next = endpoint.to_bury.pop_front();
+            if !endpoint.to_bury.is_empty() {
+                self.to_bury.push_back(id);
+            }
+            // An entry may be stale: its events were withdrawn.
+            let Some(lane_id) = next else { continue };
+            let Some(burying) = self.burying.get(&lane_id).copied().filter(|burying| burying.handed == 0) else {
+                continue;
+            };
+            let Some(lane) = self.lanes.get(lane_id).copied() else { continue };
+            let Some(endpoint) = self.endpoints.get(lane.endpoint as usize).map(|endpoint| endpoint.name) else {
+                continue;
+            };
+            let events = self.chain(lane.head, burying.left.min(BURY_EVENTS_MAX));
+            self.burying.insert(lane_id, Burying { handed: events.len() as u32, ..burying });
+            let attempts = self.lanes.retry(lane_id).map_or(0, Retry::made);
+            return Some(Burial { lane: lane_id, endpoint, events, reason: burying.reason, attempts });
+        }
     }
 
     /// The events of a [`Burial`] are dead letters now.
@@ -71,10 +98,9 @@ impl Schedule {
         for event in self.pop(burial.lane, count) {
             self.backlog.settle(event);
         }
-        let left = self.burying.remove(&burial.lane).unwrap_or(0).saturating_sub(count);
+        let left = self.burying.remove(&burial.lane).map_or(0, |burying| burying.left.saturating_sub(count));
         if left > 0 {
-            self.burying.insert(burial.lane, left);
-            return self.to_bury.push_back((burial.lane, left, burial.reason));
+            return self.queue_burying(burial.lane, left, burial.reason);
         }
         let after = self.lanes.retry(burial.lane).and_then(|retry| after_singles(retry, count, 0));
         self.lanes.set_retry(burial.lane, after);
@@ -87,16 +113,27 @@ impl Schedule {
 
     /// A burial that could not be done now: to be asked for again.
     pub fn not_buried(&mut self, burial: &Burial) {
-        let count = self.burying.get(&burial.lane).copied().unwrap_or(0);
-        self.to_bury.push_back((burial.lane, count, burial.reason));
+        if let Some(burying) = self.burying.remove(&burial.lane) {
+            self.queue_burying(burial.lane, burying.left, burial.reason);
+        }
+    }
+
+    fn queue_burying(&mut self, lane_id: LaneId, left: u32, reason: DeathReason) {
+        let Some(id) = self.lanes.get(lane_id).map(|lane| lane.endpoint) else { return };
+        self.burying.insert(lane_id, Burying { left, handed: 0, reason });
+        let Some(endpoint) = self.endpoint_mut(id) else { return };
+        let is_first = endpoint.to_bury.is_empty();
+        endpoint.to_bury.push_back(lane_id);
+        if is_first {
+            self.to_bury.push_back(id);
+        }
     }
 
     pub(super) fn begin_burying(&mut self, lane_id: LaneId, count: u32, reason: DeathReason) {
         if let Some(lane) = self.lanes.get_mut(lane_id) {
             lane.state = State::Burying;
-            let count = count.min(lane.len);
-            self.burying.insert(lane_id, count);
-            self.to_bury.push_back((lane_id, count, reason));
+            let left = count.min(lane.len);
+            self.queue_burying(lane_id, left, reason);
         }
     }
 
@@ -105,7 +142,7 @@ impl Schedule {
         let Some(endpoint) = self.endpoints.get(endpoint as usize) else { return 0 };
         let age = |event: &Handle| endpoint.pauses.age(u64::from(self.backlog.second(*event)), second);
         let too_old = |event: &Handle| age(event) >= self.settings.max_age_s;
-        self.chain(head, most).iter().take_while(|event| too_old(event)).count() as u32
+        self.walk(head, most).take_while(too_old).count() as u32
     }
 
     /// After a failed probe: gives up what is too old in the lanes that had no attempt of their own.

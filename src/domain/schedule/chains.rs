@@ -16,18 +16,25 @@ pub struct Withdrawn {
     pub in_flight: u32,
     /// Whether the lane had failed: what was recorded of that is over.
     pub had_retry: bool,
+    /// Whether some are being made dead letters just now: to be asked for again when that has ended.
+    pub is_burying: bool,
 }
 
 impl Schedule {
-    /// Withdraws all that waits in a lane, except what is being given up just now. What is in flight is settled too, so
-    /// that a failure is not repeated.
+    /// Withdraws all that waits in a lane, also what is to be given up, but for a [`Burial`](super::Burial) that was handed
+    /// out. What is in flight is settled too, so that a failure is not repeated.
     pub fn withdraw(&mut self, key: LaneKey) -> Withdrawn {
         let Some(lane_id) = self.lanes.find(key) else { return Withdrawn::default() };
         let Some(lane) = self.lanes.get(lane_id).copied() else { return Withdrawn::default() };
         let mut withdrawn = Withdrawn { had_retry: self.lanes.retry(lane_id).is_some(), ..Withdrawn::default() };
         let mut keep = 0;
-        if let Some(burying) = self.burying.get(&lane_id) {
-            keep = *burying;
+        if let Some(burying) = self.burying.get_mut(&lane_id) {
+            keep = burying.handed;
+            burying.left = keep;
+            withdrawn.is_burying = keep > 0;
+            if keep == 0 {
+                self.burying.remove(&lane_id);
+            }
         } else if let Some(flight) = self.flights.get_mut(&lane_id) {
             keep = flight.offered;
             if !flight.is_withdrawn {
@@ -43,7 +50,7 @@ impl Schedule {
         }
         if keep == 0 {
             self.lanes.set_retry(lane_id, None);
-            if lane.state == State::Waiting {
+            if matches!(lane.state, State::Waiting | State::Burying) {
                 self.lanes.release(lane_id);
             }
         }
@@ -79,17 +86,8 @@ impl Schedule {
         for lane in lanes {
             let Some(lane_id) = self.lanes.find(lane) else { continue };
             let Some(lane) = self.lanes.get(lane_id).copied() else { continue };
-            let chain: Vec<Handle> =
-                self.chain(lane.head, lane.len).into_iter().map(|event| at(&moved, event)).collect();
-            for pair in chain.windows(2) {
-                if let [event, next] = pair {
-                    self.backlog.link(*event, *next);
-                }
-            }
-            if let (Some(lane), Some(head), Some(tail)) = (self.lanes.get_mut(lane_id), chain.first(), chain.last()) {
-                lane.head = *head;
-                lane.tail = *tail;
-            }
+            let chain: Vec<Handle> = self.walk(lane.head, lane.len).map(|event| at(&moved, event)).collect();
+            self.relink(lane_id, &chain);
         }
         self.backlog.seal(new_slot);
         self.backlog.close(old_slot);
@@ -97,13 +95,43 @@ impl Schedule {
 
     /// The first `most` events from `head`.
     pub(super) fn chain(&self, head: Handle, most: u32) -> Vec<Handle> {
-        let mut events = Vec::new();
-        let mut at = head;
-        while events.len() < most as usize && at != Handle::NONE {
-            events.push(at);
-            at = self.backlog.next(at);
+        self.walk(head, most).collect()
+    }
+
+    /// The first `most` events from `head`, one after the other.
+    pub(super) fn walk(&self, head: Handle, most: u32) -> impl Iterator<Item = Handle> {
+        let events = std::iter::successors(Some(head), |event| Some(self.backlog.next(*event)));
+        events.take_while(|event| *event != Handle::NONE).take(most as usize)
+    }
+
+    /// Takes those events off a lane that have ended, wherever they are.
+    pub(super) fn drop_settled(&mut self, lane_id: LaneId) {
+        let Some(lane) = self.lanes.get(lane_id).copied() else { return };
+        let chain = self.walk(lane.head, lane.len);
+        let (ended, left): (Vec<Handle>, Vec<Handle>) = chain.partition(|event| self.backlog.is_settled(*event));
+        if ended.is_empty() {
+            return;
         }
-        events
+        self.uncount(lane.endpoint, &ended);
+        self.relink(lane_id, &left);
+    }
+
+    /// Makes these a lane's events.
+    fn relink(&mut self, lane_id: LaneId, events: &[Handle]) {
+        for pair in events.windows(2) {
+            if let [event, next] = pair {
+                self.backlog.link(*event, *next);
+            }
+        }
+        let (head, tail) = (events.first().copied(), events.last().copied());
+        if let Some(tail) = tail {
+            self.backlog.link(tail, Handle::NONE);
+        }
+        if let Some(lane) = self.lanes.get_mut(lane_id) {
+            lane.len = events.len() as u32;
+            lane.head = head.unwrap_or(Handle::NONE);
+            lane.tail = tail.unwrap_or(Handle::NONE);
+        }
     }
 
     /// Takes the first events off a lane and out of the counts.
@@ -137,15 +165,7 @@ impl Schedule {
         let Some(lane) = self.lanes.get(lane_id).copied() else { return Vec::new() };
         let mut kept = self.chain(lane.head, lane.len);
         let rest = kept.split_off((keep as usize).min(kept.len()));
-        let tail = kept.last().copied();
-        if let Some(tail) = tail {
-            self.backlog.link(tail, Handle::NONE);
-        }
-        if let Some(lane) = self.lanes.get_mut(lane_id) {
-            lane.len = kept.len() as u32;
-            lane.tail = tail.unwrap_or(Handle::NONE);
-            lane.head = if tail.is_some() { lane.head } else { Handle::NONE };
-        }
+        self.relink(lane_id, &kept);
         rest
     }
 

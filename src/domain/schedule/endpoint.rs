@@ -107,6 +107,8 @@ pub(super) struct Endpoint {
     pub tried: VecDeque<LaneId>,
     /// Lanes that wait, by when they are due. An entry may be stale: the lane says.
     pub timers: BinaryHeap<Reverse<(u64, LaneId)>>,
+    /// Lanes whose first events are to be given up. An entry may be stale.
+    pub to_bury: VecDeque<LaneId>,
     pub events: u64,
     pub in_flight: u32,
     pub window: u32,
@@ -135,6 +137,7 @@ impl Endpoint {
             fresh: VecDeque::new(),
             tried: VecDeque::new(),
             timers: BinaryHeap::new(),
+            to_bury: VecDeque::new(),
             events: 0,
             in_flight: 0,
             window: WINDOW_FIRST,

@@ -65,6 +65,14 @@ pub struct Retry {
     pub due: u64,
 }
 
+impl Retry {
+    /// Attempts that were made, as people are told: with this body, or that count.
+    #[must_use]
+    pub fn made(&self) -> u32 {
+        self.tries.max(self.attempts)
+    }
+}
+
 /// All lanes, found by key.
 #[derive(Debug, Default)]
 pub(super) struct Lanes {

@@ -26,6 +26,7 @@ use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::time::Duration;
 
 pub use self::burial::Burial;
+use self::burial::Burying;
 pub use self::chains::Withdrawn;
 pub use self::endpoint::Pauses;
 use self::endpoint::{Endpoint, ToldClock};
@@ -38,7 +39,7 @@ pub use self::views::{EndpointView, LaneView};
 use super::backlog::{Backlog, Handle};
 use super::endpoint::{EndpointName, Limits};
 use super::keys::LaneKey;
-use super::outcome::DeathReason;
+use super::outcome::{DeathReason, RETRY_AFTER_MAX};
 use super::retry::Delays;
 
 /// The rules of `[push]`, `[backoff]` and `[breaker]`.
@@ -72,9 +73,9 @@ pub struct Schedule {
     runnable: VecDeque<u32>,
     wakes: BTreeSet<(u64, u32)>,
     flights: HashMap<LaneId, Flight>,
-    to_bury: VecDeque<(LaneId, u32, DeathReason)>,
-    /// Events that are to be given up, from the head of each such lane.
-    burying: HashMap<LaneId, u32>,
+    /// Endpoints with lanes to be given up: they take turns.
+    to_bury: VecDeque<u32>,
+    burying: HashMap<LaneId, Burying>,
     clock: ToldClock,
     clock_at: u64,
     events: u64,
@@ -121,6 +122,15 @@ impl Schedule {
         let id = self.endpoint_id(name);
         if let Some(endpoint) = self.endpoint_mut(id) {
             endpoint.pauses = pauses;
+        }
+        self.touch(id, now);
+    }
+
+    /// Leaves an endpoint alone for so long, as it asked before a restart.
+    pub fn hold(&mut self, name: EndpointName, wait: Duration, now: u64) {
+        let id = self.endpoint_id(name);
+        if let Some(endpoint) = self.endpoint_mut(id) {
+            endpoint.held_until = now.saturating_add(micros(wait.min(RETRY_AFTER_MAX)));
         }
         self.touch(id, now);
     }
@@ -193,16 +203,19 @@ impl Schedule {
         }
     }
 
-    /// At start: events of a lane that had ended before. They are its first ones.
+    /// At start: events of a lane that had ended before. They are its first ones, unless a crash came between a
+    /// withdrawal and the end of what was being given up just then.
     pub fn settled_before(&mut self, key: LaneKey, events: &[Handle], now: u64) {
         for event in events {
             self.backlog.settle(*event);
         }
         let Some(lane_id) = self.lanes.find(key) else { return };
         let Some(lane) = self.lanes.get(lane_id).copied() else { return };
-        let ended =
-            self.chain(lane.head, lane.len).into_iter().take_while(|event| self.backlog.is_settled(*event)).count();
+        let ended = self.walk(lane.head, lane.len).take_while(|event| self.backlog.is_settled(*event)).count();
         self.pop(lane_id, ended as u32);
+        if ended < events.len() {
+            self.drop_settled(lane_id);
+        }
         if lane.state == State::Waiting {
             self.make_ready(lane_id, now);
         }

@@ -37,6 +37,8 @@ pub struct Outcome {
     pub retry_is_over: bool,
     /// What the breaker did.
     pub breaker: Option<Breaker>,
+    /// How long the endpoint is to be left alone from now on, if that is longer than before.
+    pub held: Option<Duration>,
 }
 
 /// A push that waits to be tried again.
@@ -67,7 +69,12 @@ impl Schedule {
         let Some(flight) = self.flights.remove(&lane_id) else { return Outcome::default() };
         let Some(lane) = self.lanes.get(lane_id).copied() else { return Outcome::default() };
         let mut outcome = Outcome { lane: Some(lane.key), ..Outcome::default() };
+        let held_until =
+            |schedule: &Schedule| schedule.endpoints.get(lane.endpoint as usize).map_or(0, |it| it.held_until);
+        let before = held_until(self);
         outcome.breaker = self.note_verdict(&lane, &flight, verdict, moment);
+        let held = Some(held_until(self)).filter(|until| *until > before.max(moment.now));
+        outcome.held = held.map(|until| Duration::from_micros(until - moment.now));
         let retry = self.lanes.retry(lane_id).copied();
         if flight.is_withdrawn {
             // Settled and uncounted already, when they were withdrawn.
@@ -88,6 +95,7 @@ impl Schedule {
                     }
                     self.make_ready(lane_id, moment.now);
                 }
+                Verdict::Unread => self.postpone(lane_id, &flight, moment),
                 Verdict::Delivered => self.delivered(lane_id, taken, &mut outcome, moment.now),
                 Verdict::Gone
                 | Verdict::Rejected
@@ -129,6 +137,12 @@ impl Schedule {
         let hold = |wait: Duration| moment.now.saturating_add(micros(wait));
         match verdict {
             Verdict::Again | Verdict::Damaged => None,
+            Verdict::Unread => {
+                if let Some(down) = endpoint.down.as_mut().filter(|_| flight.is_probe) {
+                    down.due = hold(settings.delays.delay(1, moment.dice));
+                }
+                None
+            }
             Verdict::Delivered => {
                 let came_up = endpoint.succeeded(moment.now);
                 if came_up {
@@ -185,6 +199,30 @@ impl Schedule {
         self.make_ready(lane_id, now);
     }
 
+    /// Lets a lane wait for the shortest delay, as it is otherwise.
+    fn postpone(&mut self, lane_id: LaneId, flight: &Flight, moment: Moment) {
+        let Some(lane) = self.lanes.get(lane_id).copied() else { return };
+        let Some(endpoint) = self.endpoints.get(lane.endpoint as usize) else { return };
+        if endpoint.limits.is_none() || endpoint.down.is_some() {
+            // It is given up, or waits for its turn as a probe.
+            return self.make_ready(lane_id, moment.now);
+        }
+        let first = Retry { mark: flight.mark, ..Retry::default() };
+        let mut retry = self.lanes.retry(lane_id).copied().unwrap_or(first);
+        retry.due = moment.now.saturating_add(micros(self.settings.delays.delay(1, moment.dice)));
+        self.lanes.set_retry(lane_id, Some(retry));
+        self.wait_until(lane_id, lane.endpoint, retry.due);
+    }
+
+    fn wait_until(&mut self, lane_id: LaneId, endpoint: u32, due: u64) {
+        if let Some(lane) = self.lanes.get_mut(lane_id) {
+            lane.state = State::Waiting;
+        }
+        if let Some(endpoint) = self.endpoint_mut(endpoint) {
+            endpoint.timers.push(Reverse((due, lane_id)));
+        }
+    }
+
     pub(super) fn not_delivered(
         &mut self,
         lane_id: LaneId,
@@ -208,7 +246,6 @@ impl Schedule {
         if verdict == Verdict::Refused && others_succeeded {
             retry.refusals = retry.refusals.saturating_add(1);
         }
-        let failures = retry.tries.max(retry.attempts);
         let max_attempts = self.settings.max_attempts;
         let is_refused = verdict == Verdict::Refused && taken == 1 && retry.refusals >= self.settings.max_refusals;
         let death = if endpoint.limits.is_none() {
@@ -238,20 +275,14 @@ impl Schedule {
             retry.fixed = 0;
             retry.tries = 0;
         }
-        let wait = if is_down { Duration::ZERO } else { self.settings.delays.delay(failures, moment.dice) };
+        let wait = if is_down { Duration::ZERO } else { self.settings.delays.delay(retry.made(), moment.dice) };
         retry.due = moment.now.saturating_add(micros(wait));
         outcome.deferred = Some(Deferred { head: lane.head, retry, wait });
         self.lanes.set_retry(lane_id, Some(retry));
-        let state = if is_down { State::Ready } else { State::Waiting };
-        if let Some(lane) = self.lanes.get_mut(lane_id) {
-            lane.state = state;
-        }
-        if let Some(endpoint) = self.endpoint_mut(lane.endpoint) {
-            if is_down {
-                endpoint.tried.push_back(lane_id);
-            } else {
-                endpoint.timers.push(Reverse((retry.due, lane_id)));
-            }
+        if is_down {
+            self.make_ready(lane_id, moment.now);
+        } else {
+            self.wait_until(lane_id, lane.endpoint, retry.due);
         }
     }
 }

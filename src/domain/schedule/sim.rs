@@ -80,6 +80,10 @@ struct Sim {
     pauses: Vec<Pauses>,
     /// Events that an operator gave up; a crash forgets that.
     given_up: HashSet<usize>,
+    /// (when it is done, what) of burials that were handed out.
+    burials: Vec<(u64, Burial)>,
+    /// Lanes to be withdrawn again when their burial is done, and the events that must never start any more.
+    withdraw_again: HashMap<usize, Vec<usize>>,
     is_healed: bool,
     slot: u16,
 }
@@ -105,6 +109,8 @@ impl Sim {
             withdrawn_in_flight: Vec::new(),
             pauses: vec![Pauses::default(); endpoints],
             given_up: HashSet::new(),
+            burials: Vec::new(),
+            withdraw_again: HashMap::new(),
             is_healed: false,
             slot: 0,
         };
@@ -153,6 +159,8 @@ impl Sim {
         self.by_handle.clear();
         self.due.clear();
         self.withdrawn_in_flight.clear();
+        self.burials.clear();
+        self.withdraw_again.clear();
         self.starts.iter_mut().for_each(VecDeque::clear);
         self.slot += 1;
         self.configure();
@@ -172,6 +180,10 @@ impl Sim {
 
     fn withdraw(&mut self) {
         let lane = self.rng.usize(0..self.lanes);
+        self.withdraw_lane(lane);
+    }
+
+    fn withdraw_lane(&mut self, lane: usize) {
         let withdrawn = self.schedule.withdraw(Self::key(lane));
         for handle in withdrawn.events {
             let event = self.by_handle[&handle];
@@ -183,6 +195,18 @@ impl Sim {
         }
         self.recorded.remove(&lane);
         self.due.remove(&lane);
+        if withdrawn.is_burying {
+            let left = self.waiting_in(lane);
+            let burial =
+                self.burials.iter().find(|(_, burial)| self.events[self.by_handle[&burial.events[0]]].lane == lane);
+            assert_eq!(left.len(), burial.unwrap().1.events.len(), "all but what was handed out");
+            self.withdraw_again.insert(lane, left);
+        }
+    }
+
+    fn waiting_in(&self, lane: usize) -> Vec<usize> {
+        let is_it = |event: &usize| self.events[*event].lane == lane && self.events[*event].fate == Fate::Waiting;
+        (0..self.events.len()).filter(is_it).collect()
     }
 
     fn turn_pause(&mut self) {
@@ -207,9 +231,7 @@ impl Sim {
         let first_only = self.rng.bool();
         let Some(id) = self.schedule.lane_id(Self::key(lane)) else { return };
         let count = self.schedule.bury(id, first_only) as usize;
-        let waiting = (0..self.events.len())
-            .filter(|event| self.events[*event].lane == lane && self.events[*event].fate == Fate::Waiting);
-        let meant: Vec<usize> = waiting.take(count).collect();
+        let meant: Vec<usize> = self.waiting_in(lane).into_iter().take(count).collect();
         assert_eq!(meant.len(), count);
         self.given_up.extend(meant);
         if count > 0 {
@@ -224,11 +246,14 @@ impl Sim {
             assert_eq!(start.endpoint, name(endpoint));
             assert!(!self.pauses[endpoint].is_paused(), "it is paused");
             assert!(!self.flights.iter().any(|(_, other)| other.lane == start.lane), "two pushes of a lane");
-            let waiting: Vec<usize> = (0..self.events.len())
-                .filter(|event| self.events[*event].lane == lane && self.events[*event].fate == Fate::Waiting)
-                .collect();
+            let waiting = self.waiting_in(lane);
             let offered: Vec<usize> = start.events.iter().map(|handle| self.by_handle[handle]).collect();
             assert_eq!(offered, waiting[..offered.len()], "not the first of the lane, in order");
+            let withdrawn = self.withdraw_again.get(&lane);
+            assert!(
+                withdrawn.is_none_or(|events| events.iter().all(|event| !offered.contains(event))),
+                "was withdrawn"
+            );
             assert!(self.due.remove(&lane).is_none_or(|due| due <= self.now), "before it was due");
             let starts = &mut self.starts[endpoint];
             starts.push_back(self.now);
@@ -249,10 +274,11 @@ impl Sim {
             assert_eq!(self.schedule.in_flight(), self.flights.len());
         }
         while let Some(burial) = self.schedule.next_bury() {
+            let is_twice = |(_, other): &(u64, Burial)| other.lane == burial.lane;
+            assert!(!self.burials.iter().any(is_twice), "two burials of a lane");
             for handle in &burial.events {
                 let event = self.by_handle[handle];
                 assert_eq!(self.events[event].fate, Fate::Waiting);
-                self.events[event].fate = Fate::Buried;
                 match burial.reason {
                     DeathReason::Refused => assert!(self.events[event].is_poison, "a good event was given up"),
                     DeathReason::Expired => {
@@ -266,9 +292,27 @@ impl Sim {
                     }
                 }
             }
+            let takes = self.rng.u64(0..2 * SECOND);
+            self.burials.push((self.now + takes, burial));
+        }
+    }
+
+    fn end_burial(&mut self, at: usize) {
+        let (_, burial) = self.burials.remove(at);
+        let lane = self.events[self.by_handle[&burial.events[0]]].lane;
+        if self.rng.u8(0..10) == 0 {
+            self.schedule.not_buried(&burial);
+        } else {
+            for handle in &burial.events {
+                let event = self.by_handle[handle];
+                assert_eq!(self.events[event].fate, Fate::Waiting);
+                self.events[event].fate = Fate::Buried;
+            }
             self.schedule.buried(&burial, self.now);
-            // What stood behind the buried events may start now.
-            self.start_all();
+        }
+        if self.withdraw_again.remove(&lane).is_some() {
+            self.withdraw_lane(lane);
+            assert!(!self.withdraw_again.contains_key(&lane));
         }
     }
 
@@ -333,10 +377,15 @@ impl Sim {
     fn step(&mut self, limit: u64) {
         self.turn_moods();
         self.start_all();
-        let next = self.flights.iter().map(|(at, _)| *at).chain(self.schedule.wake_at()).min();
+        let ends = self.flights.iter().map(|(at, _)| *at).chain(self.burials.iter().map(|(at, _)| *at));
+        let end = ends.min();
+        let next = end.into_iter().chain(self.schedule.wake_at()).min();
         let next = next.unwrap_or(limit).clamp(self.now, limit);
-        assert!(next > self.now || self.flights.iter().any(|(at, _)| *at <= self.now) || next == limit);
+        assert!(next > self.now || end.is_some_and(|at| at <= self.now) || next == limit);
         self.now = next;
+        while let Some(at) = self.burials.iter().position(|(at, _)| *at <= self.now) {
+            self.end_burial(at);
+        }
         while let Some(at) = self.flights.iter().position(|(at, _)| *at <= self.now) {
             self.report(at);
         }
@@ -397,7 +446,7 @@ fn run(seed: u64) {
         }
         sim.step(deadline);
     }
-    while !sim.flights.is_empty() {
+    while !sim.flights.is_empty() || !sim.burials.is_empty() {
         sim.step(deadline);
     }
     sim.check_counts();

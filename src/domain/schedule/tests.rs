@@ -186,6 +186,33 @@ fn a_removed_endpoint_gives_its_events_up_in_steps() {
 }
 
 #[test]
+fn what_is_given_up_at_one_endpoint_does_not_wait_for_a_large_burial_at_another() {
+    let mut schedule = one_endpoint(settings(), limits());
+    schedule.put_endpoint(name(1), limits(), 0);
+    for lane in 0..1_000 {
+        append(&mut schedule, 10 + lane, 0, 0, 0);
+    }
+    schedule.remove_endpoint(name(0));
+    let event = append(&mut schedule, 1, 1, 0, 0);
+    let lane = schedule.lane_id(LaneKey(1)).unwrap();
+    assert_eq!(schedule.bury(lane, false), 1);
+    let first_two = [schedule.next_bury().unwrap(), schedule.next_bury().unwrap()];
+    assert!(first_two.iter().any(|burial| burial.events == [event]));
+}
+
+#[test]
+fn events_that_were_withdrawn_before_a_crash_do_not_come_back_with_those_before_them() {
+    let mut schedule = one_endpoint(settings(), limits());
+    let events: Vec<Handle> = (0..5).map(|_| append(&mut schedule, 1, 0, 0, 0)).collect();
+    schedule.settled_before(LaneKey(1), &events[2..4], 0);
+    assert_eq!(schedule.events_of(LaneKey(1)), [events[0], events[1], events[4]]);
+    assert_eq!(schedule.events(), 3);
+    schedule.settled_before(LaneKey(1), &[events[4]], 0);
+    let last = append(&mut schedule, 1, 0, 0, 0);
+    assert_eq!(schedule.next(0).unwrap().events, [events[0], events[1], last]);
+}
+
+#[test]
 fn a_thousand_hanging_endpoints_leave_a_well_one_its_turn() {
     let mut schedule = Schedule::new(Settings { max_in_flight: 1_500, ..settings() });
     schedule.backlog.open(0, 0);

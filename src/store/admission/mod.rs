@@ -124,15 +124,15 @@ impl Admission {
 
     fn judge(&mut self, post: &mut Post<'_>, request: &mut Request, fate_of: &mut Vec<EventKey>, now_s: u64) -> Posted {
         let event = post.event;
-        let Some((endpoint, events_max)) = post.endpoint else {
-            return Posted::Suppressed(Suppressed::NoPushAddress);
-        };
         if self.ids.contains(post.key) {
             if self.undurable.contains(&post.key) {
                 fate_of.push(post.key);
             }
             return Posted::Duplicate;
         }
+        let Some((endpoint, events_max)) = post.endpoint else {
+            return Posted::Suppressed(Suppressed::NoPushAddress);
+        };
         let (after, changes) = self.hear(event.plugin, &event.web_token, &event.hearing, now_s);
         let verdict = gate::decide(event.question(true), &after, self.rules.require_h5push);
         if verdict.is_ok() && self.waiting_by_endpoint.get(&endpoint).is_some_and(|count| *count >= events_max) {

@@ -15,7 +15,7 @@ const COPY_ROWS: usize = 500;
 /// The queue's file is copied when it is so many times what the copy should take.
 const COPY_RATIO: f64 = 2.0;
 /// How much larger than its rows a file of sled's is when it has just been written, until a copy has shown it.
-const OVERHEAD: f64 = 1.6;
+const OVERHEAD: f64 = 2.0;
 /// How long no copy is begun after one that failed.
 const COPY_AGAIN: Duration = Duration::from_secs(600);
 

@@ -12,6 +12,7 @@ mod segments;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Condvar, Mutex, RwLock};
@@ -86,8 +87,9 @@ impl Store {
             move |error| OpenError::Io { path, error }
         };
         let journal = journal_dir(&dir);
+        // What is in it is for nobody else: messages, and what operators have set.
         for path in [&dir, &journal] {
-            std::fs::create_dir_all(path).map_err(io_error(path))?;
+            std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(io_error(path))?;
         }
         let lock = take_lock(&dir)?;
         if free_bytes(&dir).is_ok_and(|free| free < RESERVE_BYTES) {
@@ -105,7 +107,7 @@ impl Store {
             settings: &settings,
             metrics: &metrics,
             identity: [0; 32],
-            hashing: HashKey([0; 16]),
+            hashing: HashKey::of([0; 32]),
             checkpoint,
             found: Vec::new(),
         };

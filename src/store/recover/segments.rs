@@ -72,7 +72,7 @@ impl Opening<'_> {
         }
         self.check_missing(&opened);
         self.identity = identity.unwrap_or_else(clock::random);
-        self.hashing = HashKey(std::array::from_fn(|at| self.identity.get(at).copied().unwrap_or(0)));
+        self.hashing = HashKey::of(self.identity);
         for (number, Header { file, generation, end: known }) in opened {
             let floor = self
                 .checkpoint

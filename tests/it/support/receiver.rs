@@ -1,6 +1,5 @@
 //! A receiver that records.
 
-use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
@@ -50,6 +49,8 @@ pub enum Answer {
     With(u16, &'static str, &'static str),
     After(Duration, u16),
     Body(u16, &'static str),
+    /// The connection is closed without an answer.
+    Break,
 }
 
 type Rule = Arc<dyn Fn(&Push) -> Answer + Send + Sync>;
@@ -134,7 +135,7 @@ impl Receiver {
 
     pub fn wait_delivered(&self, messages: usize) -> Vec<String> {
         self.wait(&format!("{messages} messages"), |pushes| {
-            let delivered = pushes.iter().filter(|push| push.status < 300);
+            let delivered = pushes.iter().filter(|push| (200..300).contains(&push.status));
             delivered.map(|push| push.message_ids().len()).sum::<usize>() >= messages
         });
         self.delivered_ids()
@@ -157,7 +158,7 @@ async fn serve(listener: tokio::net::TcpListener, state: Arc<State>) {
 async fn record(
     state: Arc<State>,
     request: Request<hyper::body::Incoming>,
-) -> Result<HyperResponse<Full<Bytes>>, Infallible> {
+) -> std::io::Result<HyperResponse<Full<Bytes>>> {
     let at = Instant::now();
     let path = request.uri().to_string();
     let text = |value: &hyper::header::HeaderValue| value.to_str().unwrap().to_owned();
@@ -182,13 +183,17 @@ async fn record(
             (status, Duration::ZERO)
         }
         Answer::After(wait, status) => (status, wait),
+        Answer::Break => (0, Duration::ZERO),
     };
-    *response.status_mut() = hyper::StatusCode::from_u16(status).unwrap();
     tokio::time::sleep(wait).await;
     push.status = status;
     if state.keeps.load(Ordering::SeqCst) {
         state.pushes.lock().unwrap().push(push);
     }
     state.changed.notify_all();
+    if status == 0 {
+        return Err(std::io::ErrorKind::ConnectionReset.into());
+    }
+    *response.status_mut() = hyper::StatusCode::from_u16(status).unwrap();
     Ok(response)
 }

@@ -1,0 +1,45 @@
+//! How long endpoints asked to be left alone (`Retry-After`), kept over a restart.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use super::Relay;
+use crate::clock;
+use crate::domain::endpoint::EndpointName;
+
+const PREFIX: &str = "held/";
+/// A hold that is shorter is over before a restart is.
+const KEPT_MIN: Duration = Duration::from_secs(1);
+
+/// How long endpoints are still to be left alone, from the store's settings.
+#[must_use]
+pub fn holds(settings: &BTreeMap<String, String>) -> Vec<(EndpointName, Duration)> {
+    let now_ms = clock::wall_ms();
+    let read = |(key, until): (&String, &String)| {
+        let name = EndpointName::any(key.strip_prefix(PREFIX)?).ok()?;
+        let left_ms = until.parse::<u64>().ok()?.checked_sub(now_ms).filter(|left| *left > 0)?;
+        Some((name, Duration::from_millis(left_ms)))
+    };
+    settings.iter().filter_map(read).collect()
+}
+
+impl Relay {
+    /// Remembers that an endpoint is to be left alone for so long.
+    pub(super) fn keep_hold(&self, name: EndpointName, wait: Duration) {
+        if wait >= KEPT_MIN {
+            let wait_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
+            self.store.note_setting(&key(name), Some(clock::wall_ms().saturating_add(wait_ms).to_string()));
+        }
+    }
+
+    /// Forgets it.
+    pub(super) fn drop_hold(&self, name: EndpointName) {
+        if self.store.settings().contains_key(&key(name)) {
+            self.store.note_setting(&key(name), None);
+        }
+    }
+}
+
+fn key(name: EndpointName) -> String {
+    format!("{PREFIX}{name}")
+}
