@@ -11,7 +11,7 @@ use tokio::task::JoinSet;
 
 use crate::api::{self, Api, Bound, Callers, History, Inherited, Reload};
 use crate::clock;
-use crate::config::{Config, ConfigError, Endpoints};
+use crate::config::{Config, ConfigError, Endpoints, is_exposed};
 use crate::domain::push::PushBounds;
 use crate::domain::retry::Delays;
 use crate::domain::schedule::{self, Schedule};
@@ -254,7 +254,7 @@ impl App {
 
 /// Holds the addresses that are really bound (systemd may have chosen them) against the rules of contract §2.
 fn check_exposure(config: &Config, local: Option<SocketAddr>, open_api: Option<SocketAddr>) -> Result<(), String> {
-    let is_exposed = |address: &SocketAddr| !address.ip().to_canonical().is_loopback();
+    let is_exposed = |address: &SocketAddr| is_exposed(*address);
     if let Some(address) = local.filter(is_exposed)
         && config.local.token.is_none()
     {

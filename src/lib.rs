@@ -24,15 +24,21 @@
 //! ten days); no packet goes to a forbidden address (`relay::dialer`); what is gone is not replayed
 //! (`store::dead_letters`).
 //!
+//! Section numbers (§) are those of the service's contract: what other programs see, which the README explains to each of
+//! them.
+//!
 //! | module | owns | may use |
 //! | --- | --- | --- |
-//! | [`domain`] | every rule; plain data, no clock, no chance, no I/O | nothing of the others |
+//! | [`domain`] | every rule; plain data, no clock, no chance, no I/O | nothing |
 //! | [`store`] | journal, sled, checkpoints, dead letters | domain, metrics, clock |
 //! | [`relay`] | the schedule's task, attempts, connections to receivers | domain, store, metrics, config, clock |
-//! | [`api`] | listeners, requests, answers | domain, store, relay's questions, metrics, config, clock |
+//! | [`api`] | listeners, requests, answers | domain, store, relay, metrics, config, clock |
 //! | [`config`] | the file as written and as needed | domain |
-//! | [`app`] | wiring, start, reload, stop | all of these |
-//! | [`cli`] | arguments, subcommands, exit codes | app |
+//! | [`app`] | wiring, start, reload, stop | domain, store, relay, api, metrics, config, clock, log |
+//! | [`cli`] | arguments, subcommands, exit codes | app, config, domain, store, clock, log |
+//! | [`metrics`] | what is counted, by which names | domain |
+//! | [`log`] | where log lines go | config |
+//! | [`clock`] | time and chance | nothing |
 
 pub mod api;
 pub mod app;

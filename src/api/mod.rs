@@ -1,4 +1,4 @@
-//! The listeners: what callers on this host and monitoring see (contract §2 to §4, §7).
+//! The listeners: what callers on this host, monitoring and the app's server see (contract §2 to §4, §6, §7).
 
 mod answer;
 mod body;

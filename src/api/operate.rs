@@ -215,18 +215,19 @@ fn read_lane(shown: LaneShown, now_ms: u64) -> Lane {
     }
 }
 
-/// The lanes that a customer may have, of one endpoint or of all.
+/// The lanes that a customer may have, of one endpoint or of all; for surveys, those of the session of that number.
 fn lanes_of(api: &Api, endpoint: Option<EndpointName>, web_token: &str) -> Result<Vec<LaneKey>, ApiError> {
     let mut plugins = api.store.plugins_of(web_token)?;
     plugins.push(Plugin::NONE);
     let hashing = api.store.hashing();
     let mut keys = Vec::new();
+    if endpoint == Some(EndpointName::SURVEY) {
+        keys.push(hashing.lane(EndpointName::SURVEY, Plugin::NONE, web_token));
+    }
     for plugin in plugins {
-        for name in [EndpointName::of(plugin), EndpointName::DEFAULT, EndpointName::SURVEY] {
-            if endpoint.is_none_or(|endpoint| endpoint == name) {
-                keys.push(hashing.lane(name, plugin, web_token));
-            }
-        }
+        let theirs =
+            hashing.lanes(plugin, web_token).filter(|(name, _)| endpoint.is_none_or(|endpoint| endpoint == *name));
+        keys.extend(theirs.map(|(_, lane)| lane));
     }
     keys.sort_unstable();
     keys.dedup();

@@ -14,7 +14,7 @@ use crate::store;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum StoreCall {
-    /// Reads every record of every file and says what is damaged. Changes nothing.
+    /// Reads every record of journal, state log and dead letters, and says what is damaged. Changes nothing.
     Verify,
     /// Says what waits, by endpoint. Recovers the store as a start does.
     Stats,

@@ -122,13 +122,11 @@ impl EndpointWritten {
         self,
         name: EndpointName,
         defaults: &Defaults,
-        allow_http: bool,
+        rule: &UrlRule,
         files: &mut Files,
     ) -> Result<Endpoint, String> {
         let url = self.url.ok_or("url is required")?;
-        if !allow_http && !url.is_https() {
-            return Err("url: http is not allowed (push.allow_http = false)".to_owned());
-        }
+        rule.check_scheme(&url)?;
         let signing = files.secret("secret", self.secret, self.secret_file)?;
         let signing = signing.map(|secret| signing_keys(secret.expose())).transpose()?;
         let client_cert = match (self.client_cert_file, self.client_key_file) {
@@ -285,14 +283,19 @@ impl UrlRule {
         UrlRule { allow_http: true, addresses: AddressRule::any() }
     }
 
+    fn check_scheme(&self, url: &PushUrl) -> Result<(), String> {
+        if self.allow_http || url.is_https() {
+            return Ok(());
+        }
+        Err("url: http is not allowed (push.allow_http = false)".to_owned())
+    }
+
     /// Whether a URL may be used, as far as it says itself: names are judged when they are resolved.
     ///
     /// # Errors
     /// Why not.
     pub fn check(&self, url: &PushUrl) -> Result<(), String> {
-        if !self.allow_http && !url.is_https() {
-            return Err("url: http is not allowed (push.allow_http = false)".to_owned());
-        }
+        self.check_scheme(url)?;
         match url.uri().host().and_then(address::literal) {
             Some(address) if !self.addresses.permits(address) => {
                 Err(format!("url: {address} is no public address, nor in push.allow_networks"))

@@ -38,7 +38,7 @@ impl LocalWritten {
             return Err("local.token: must be visible ASCII characters without spaces".to_owned());
         }
         if let Listen::Tcp(address) = &listen
-            && !address.ip().is_loopback()
+            && is_exposed(*address)
             && token.is_none()
         {
             return Err(format!("local.listen: {address} is beyond loopback: that needs local.token_file"));
@@ -59,6 +59,12 @@ impl LocalWritten {
             max_connections: self.max_connections.map_or(1_024, NonZeroU32::get),
         })
     }
+}
+
+/// Whether an address is beyond loopback.
+#[must_use]
+pub fn is_exposed(address: SocketAddr) -> bool {
+    !address.ip().to_canonical().is_loopback()
 }
 
 /// The number of a group: given as one, or by name in /etc/group.

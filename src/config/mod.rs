@@ -24,7 +24,7 @@ use self::endpoint::EndpointWritten;
 pub use self::endpoint::{ClientCert, Defaults, Endpoint, Endpoints, Entry, Source, UrlRule};
 use self::files::{Files, expand};
 use self::local::BODY_BYTES_MAX;
-pub use self::local::Local;
+pub use self::local::{Local, is_exposed};
 use self::open_api::OpenApiWritten;
 pub use self::open_api::{Account, OpenApi, ServerTls};
 use self::values::{EndpointKey, Positive, Size, Time};
@@ -283,7 +283,7 @@ impl FileWritten {
             UrlRule { allow_http, addresses: AddressRule { allowed: push.allow_networks.unwrap_or_default() } };
         let mut endpoints = BTreeMap::new();
         for (EndpointKey(name), written) in self.endpoints.unwrap_or_default() {
-            let endpoint = written.check(name, &defaults, allow_http, &mut files);
+            let endpoint = written.check(name, &defaults, &url_rule, &mut files);
             let endpoint = endpoint.map_err(|problem| format!("endpoints.{name}: {problem}"))?;
             if let Err(problem) = url_rule.check(&endpoint.url) {
                 files.warnings.push(format!("endpoints.{name}: {problem}: no push will reach it"));

@@ -88,7 +88,7 @@ impl OpenApiWritten {
     pub(super) fn check(self, files: &mut Files) -> Result<OpenApi, String> {
         let tls = self.tls.map(|written| written.check(files)).transpose()?;
         if let Some(listen) = self.listen
-            && !listen.ip().is_loopback()
+            && super::is_exposed(listen)
             && tls.is_none()
             && self.behind_tls_proxy != Some(true)
         {

@@ -41,7 +41,7 @@ impl Handle {
 #[derive(Debug, Default)]
 pub struct Group {
     segment: u64,
-    /// Of a compacted segment: each event's sequence number less the first of the segment.
+    /// Of a compacted segment: each event's sequence number.
     seqs: Option<Vec<u64>>,
     next: Vec<u32>,
     offsets: Offsets,
@@ -76,24 +76,6 @@ impl Group {
     #[must_use]
     pub fn live_bytes(&self) -> u64 {
         self.live_bytes
-    }
-
-    /// Bytes of all event records.
-    #[must_use]
-    pub fn bytes(&self) -> u64 {
-        self.bytes
-    }
-
-    /// The segment's number.
-    #[must_use]
-    pub fn segment(&self) -> u64 {
-        self.segment
-    }
-
-    /// The settled bits, 64 to a word, first event first.
-    #[must_use]
-    pub fn settled_bits(&self) -> &[u64] {
-        &self.settled
     }
 
     fn is_settled(&self, place: usize) -> bool {

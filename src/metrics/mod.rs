@@ -119,7 +119,7 @@ const REJECTED: [&str; 2] = ["invalid_event", "too_large"];
 /// Codes of refusals, for metrics that start at 0.
 const REFUSED: [&str; 4] = ["outbox_full", "endpoint_full", "disk_low", "stopping"];
 /// What the store does that can fail.
-const STORE_OPS: [&str; 9] = ["append", "sync", "queue", "read", "bury", "checkpoint", "allocate", "expire", "compact"];
+const STORE_OPS: [&str; 8] = ["append", "sync", "queue", "read", "bury", "checkpoint", "allocate", "expire"];
 /// What becomes of surveys.
 const SURVEYS: [&str; 3] = ["queued", "rejected", "refused"];
 /// The open API's calls, and what they answer.

@@ -183,6 +183,20 @@ mod tests {
         }
     }
 
+    /// Of format 2, frozen: a data directory written by any released version is read by every later one.
+    #[test]
+    fn a_checkpoint_is_written_as_in_its_first_version() {
+        let dir = tempfile::tempdir().unwrap();
+        sample().write(dir.path()).unwrap();
+        let bytes = std::fs::read(dir.path().join(NAME)).unwrap();
+        let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+        let frozen = concat!(
+            "48354302f4c43a280404040404040404040404040404040404040404040404040404040404040404",
+            "0363010200010701bc05000003"
+        );
+        assert_eq!(hex, frozen);
+    }
+
     #[test]
     fn the_last_good_one_is_read_and_a_damaged_one_is_noticed() {
         let dir = tempfile::tempdir().unwrap();

@@ -81,11 +81,11 @@ pub struct Accepted<'a> {
     pub accepted_ms: u64,
     /// Its id, given, derived or made up.
     pub event_id: &'a str,
-    /// The customer.
+    /// The customer; of a survey, the session.
     pub web_token: &'a str,
     /// How many messages.
     pub count: u32,
-    /// The messages, as they stood between the brackets.
+    /// The messages, as they stood between the brackets; of a survey, the body.
     pub messages: &'a str,
 }
 
@@ -254,6 +254,7 @@ pub(super) fn find_magic(bytes: &[u8]) -> Option<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::domain::customer::Toggle;
 
     fn accepted() -> Record<'static> {
         Record::Accepted(Accepted {
@@ -287,33 +288,100 @@ mod tests {
     const FROZEN_V1: &str = "4835520132000000070000002c010000000100000500700000000000239227f6010c0cef9bafcdf8acd1\
         9101edfd03fbbcd9f29e3403652d310477616e6701127b2274797065223a226d657373616765227dac2387bb";
 
+    /// Each with its bytes of version 1, frozen as well.
     #[test]
-    fn every_kind_of_record_reads_back() {
+    fn every_kind_of_record_is_written_and_read_as_in_the_first_version() {
+        let customer = Customer {
+            customer_token: Some("c".to_owned()),
+            sdk_token: Some("s".to_owned()),
+            h5push: Some(true),
+            toggle: Toggle::Off,
+            heard: 1_795_000_000,
+            ..Customer::new("wang", Plugin::new(12).unwrap())
+        };
+        let retry = Retry {
+            tries: 1,
+            attempts: 2,
+            refusals: 3,
+            fixed: 4,
+            singles: 5,
+            singles_attempts: 6,
+            singles_refusals: 7,
+            ..Retry::default()
+        };
+        let Record::Accepted(event) = accepted() else { unreachable!() };
+        let dead = Dead {
+            seq: 9,
+            reason: DeathReason::Refused,
+            buried_ms: 1_795_000_000_456,
+            attempts: 5,
+            event: Some(event),
+            endpoint: EndpointName::DEFAULT,
+            problem: Some("status 400"),
+        };
+        let plugin = Plugin::new(12).unwrap();
+        let (web_token, name) = ("wang".to_owned(), "c".to_owned());
         let records = [
-            Record::Opened(Opened {
-                identity: [3; 32],
-                segment: 9,
-                previous: Some((8, 77)),
-                generation: 0,
-                version: "0.1.0",
-            }),
-            accepted(),
-            Record::Settled(Settled {
-                lane: LaneKey(1),
-                ending: Ending::Withdrawn,
-                retry_is_over: true,
-                second: 5,
-                seqs: vec![1, 2, u64::MAX],
-            }),
-            Record::Deferred(DeferredRecord { lane: LaneKey(1), head: 3, retry: Retry::default(), due_ms: 4 }),
-            Record::State(StateChange::PutCustomer(Customer::new("a", Plugin::NONE))),
-            Record::State(StateChange::Setting { key: "a".to_owned(), value: Some("b".to_owned()) }),
-            Record::State(StateChange::Nonce { key: 7, until_s: 8 }),
-            Record::Sealed { events: 3 },
-            Record::Gone(vec!["3-17".parse().unwrap()]),
+            (
+                Record::Opened(Opened {
+                    identity: [3; 32],
+                    segment: 9,
+                    previous: Some((8, 77)),
+                    generation: 1,
+                    version: "0.1.0",
+                }),
+                "0003030303030303030303030303030303030303030303030303030303030303030901084d0105302e312e30",
+            ),
+            (
+                accepted(),
+                "010c0cef9bafcdf8acd19101edfd03fbbcd9f29e3403652d310477616e6701127b2274797065223a226d657373616765227d",
+            ),
+            (
+                Record::Settled(Settled {
+                    lane: LaneKey(1),
+                    ending: Ending::Withdrawn,
+                    retry_is_over: true,
+                    second: 5,
+                    seqs: vec![1, 2, u64::MAX],
+                }),
+                "0201020105030102ffffffffffffffffff01",
+            ),
+            (
+                Record::Deferred(DeferredRecord { lane: LaneKey(1), head: 3, retry, due_ms: 4 }),
+                "0301030102030405060704",
+            ),
+            (Record::State(StateChange::PutCustomer(customer)), "04000477616e670c010163010173010102c08df6d706"),
+            (Record::State(StateChange::DropCustomer { plugin, web_token: web_token.clone() }), "04010c0477616e67"),
+            (
+                Record::State(StateChange::Name {
+                    kind: NameKind::Sdk,
+                    plugin,
+                    name: name.clone(),
+                    web_token: Some(web_token),
+                }),
+                "0402010c0163010477616e67",
+            ),
+            (
+                Record::State(StateChange::Name { kind: NameKind::Customer, plugin, name, web_token: None }),
+                "0402000c016300",
+            ),
+            (
+                Record::State(StateChange::Setting { key: "a".to_owned(), value: Some("b".to_owned()) }),
+                "04030161010162",
+            ),
+            (Record::State(StateChange::Nonce { key: 7, until_s: 8 }), "04040708"),
+            (Record::Sealed { events: 3 }, "0503"),
+            (
+                Record::Dead(dead),
+                "060902c8bfd9f29e3405010c0cef9bafcdf8acd19101edfd03fbbcd9f29e3403652d310477616e6701127b2274797065223a226d657373616765227d00010a73746174757320343030",
+            ),
+            (Record::Gone(vec!["3-17".parse().unwrap()]), "07010311"),
         ];
-        for record in records {
-            assert_eq!(Record::decode(&record.encode()).unwrap(), record);
+        for (record, frozen) in records {
+            let bytes = record.encode();
+            let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+            assert_eq!(hex, frozen, "{record:?}");
+            assert_eq!(Record::decode(&bytes).unwrap(), record);
         }
     }
 

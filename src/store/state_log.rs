@@ -1,4 +1,5 @@
-//! Customers and names in a log of their own, from which the queue's rows can be rebuilt.
+//! What the journal does not keep for ever, in a log of its own: customers, names, settings, nonces. The queue's rows can be
+//! rebuilt from it.
 
 use std::fs::File;
 use std::io;
@@ -13,7 +14,7 @@ use super::segment;
 /// is cut off again at a start.
 const STATE_BUFFER: usize = 256 << 10;
 
-/// Customers and names in a log of their own, from which the queue can be rebuilt.
+/// The log that is written.
 #[derive(Debug)]
 pub(super) struct StateLog {
     pub number: u64,

@@ -1,4 +1,4 @@
-//! Reads every record of a data directory, and changes nothing.
+//! Reads every record of the journal, the state log and the dead letters, and changes nothing.
 
 use std::fs::File;
 use std::io;

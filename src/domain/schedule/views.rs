@@ -19,8 +19,6 @@ pub struct EndpointView {
     pub is_up: bool,
     /// Whether pushing is stopped.
     pub is_paused: bool,
-    /// Attempts in flight that it has earned.
-    pub window: u32,
     /// When its oldest event was accepted, Unix seconds.
     pub oldest: Option<u32>,
     /// Microseconds in which a lane was ready and the rate forbade it.
@@ -82,7 +80,6 @@ impl Schedule {
             in_flight: endpoint.in_flight,
             is_up: endpoint.down.is_none(),
             is_paused: endpoint.pauses.is_paused(),
-            window: endpoint.window,
             oldest: endpoint.ages.oldest(),
             rate_limited: endpoint.rate_limited,
         })

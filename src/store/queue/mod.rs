@@ -1,6 +1,7 @@
 //! sled: the queue's index and state on disk. Rebuildable, and never in the way of a 202.
 //!
-//! Only the applier writes here, single idempotent inserts of at most [`ROW_MAX`] bytes, the position row last.
+//! Only the keeper's thread writes here (and a start, before there is one): single idempotent inserts of at most
+//! [`ROW_MAX`] bytes, the applier's position row last.
 //! `apply_batch`, `transaction`, `flush_async` and sled's flush timer are not used: they stall readers, deadlock or end
 //! silently. sled's `flush` does not sync the file (0.34.7 uses `sync_file_range`), so [`Queue::flush`] does; rows stay
 //! small because sled puts large ones into files that nobody syncs.
@@ -13,6 +14,8 @@
 //! | `n` bucket page | other names of customers |
 //! | `d` row | idempotency keys |
 //! | `r` lane | what the head of a lane waits with |
+//! | `s` key | what operators have set |
+//! | `o` moment nonce | nonces that were used |
 
 mod blocks;
 mod buckets;
