@@ -9,7 +9,7 @@ use serde_json::json;
 use tokio::sync::oneshot;
 
 use super::deliverer::{Connection, Deliverer, Push};
-use super::{BuryWaiter, Relay, Settings};
+use super::{Relay, Settings};
 use crate::clock;
 use crate::config::{Endpoints, UrlRule};
 use crate::domain::endpoint::{EndpointName, Plugin};
@@ -235,41 +235,6 @@ impl Relay {
             lane,
         };
         self.schedule.lanes_from(first).filter(is_asked).take(most).map(shown).collect()
-    }
-
-    fn bury_lanes(
-        &mut self,
-        endpoint: EndpointName,
-        keys: Option<Vec<LaneKey>>,
-        first_only: bool,
-        reply: oneshot::Sender<u64>,
-    ) {
-        let lanes: Vec<LaneId> = match keys {
-            Some(keys) => keys.into_iter().filter_map(|key| self.schedule.lane_id(key)).collect(),
-            None => self.schedule.lanes_from(0).filter(|lane| lane.endpoint == endpoint).map(|lane| lane.id).collect(),
-        };
-        let lanes = lanes.into_iter().filter(|lane| self.schedule.bury(*lane, first_only) > 0).collect();
-        self.bury_waiters.push(BuryWaiter { lanes, buried: 0, reply });
-    }
-
-    /// Counts what became dead letters of a lane for those who gave it up.
-    pub(super) fn count_buried(&mut self, lane: LaneId, events: u64) {
-        let is_burying = self.schedule.is_burying(lane);
-        for waiter in &mut self.bury_waiters {
-            if waiter.lanes.contains(&lane) {
-                waiter.buried += events;
-                if !is_burying {
-                    waiter.lanes.remove(&lane);
-                }
-            }
-        }
-    }
-
-    /// Answers those who gave something up, when all of it is dead letters or was delivered.
-    pub(super) fn answer_buried(&mut self) {
-        for waiter in self.bury_waiters.extract_if(.., |waiter| waiter.lanes.is_empty()) {
-            waiter.reply.send(waiter.buried).ok();
-        }
     }
 
     fn test(&mut self, endpoint: EndpointName, reply: oneshot::Sender<Tested>) {

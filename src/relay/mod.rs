@@ -1,6 +1,7 @@
 //! The relay: one task that owns the schedule. It hears what is durable, starts what is due, records what came of it.
 
 mod attempt;
+mod burials;
 mod commands;
 mod deliverer;
 mod dialer;
@@ -17,6 +18,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 
 use self::attempt::{Done, Flight, Job};
+use self::burials::{Buried, BuryWaiter};
 pub use self::commands::{AttemptsSeen, Command, Configure, LaneShown, Tested, View};
 pub use self::deliverer::Deliverer;
 use self::deliverer::Target;
@@ -28,7 +30,7 @@ use crate::domain::backlog::Handle;
 use crate::domain::endpoint::EndpointName;
 use crate::domain::outcome::Verdict;
 use crate::domain::push::PushBounds;
-use crate::domain::schedule::{Burial, LaneId, Schedule, Start};
+use crate::domain::schedule::{LaneId, Schedule, Start};
 use crate::metrics::{EndpointMetrics, Metrics};
 use crate::store::{Compacted, Ending, Item, Note, Notice, Position, Snapshot, Store, WithdrawCustomer};
 
@@ -38,10 +40,6 @@ const BATCH: usize = 256;
 pub const NOTICES_MAX: usize = 1_024;
 /// Questions that may wait for the relay.
 pub const COMMANDS_MAX: usize = 64;
-/// Events that become dead letters with one sync, and up to a lane's share more.
-const BURIED_AT_ONCE: usize = 64;
-/// How long a burial that failed waits.
-const BURY_AGAIN: Duration = Duration::from_secs(1);
 /// Lanes whose last error is kept.
 const LANE_ERRORS_MAX: usize = 100_000;
 /// How often idle connections are looked through.
@@ -56,35 +54,6 @@ pub struct Settings {
     pub bounds: PushBounds,
     /// `log.attempts`
     pub logs_attempts: bool,
-}
-
-/// What came of a burial.
-#[derive(Debug)]
-struct Buried {
-    burial: Burial,
-    /// Taken before: a compaction may move the events meanwhile.
-    seqs: Vec<u64>,
-    end: BurialEnd,
-}
-
-/// How a burial ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum BurialEnd {
-    Done,
-    /// An event cannot be read just now.
-    Unread,
-    /// The dead letters cannot be written just now.
-    Unwritten,
-}
-
-/// Who gave lanes up.
-#[derive(Debug)]
-struct BuryWaiter {
-    /// Those in which some are still to become dead letters.
-    lanes: HashSet<LaneId>,
-    /// Events that did.
-    buried: u64,
-    reply: oneshot::Sender<u64>,
 }
 
 /// The relay's task.
@@ -343,16 +312,7 @@ impl Relay {
         }
         if self.burying.is_empty() && self.bury_not_before <= now {
             self.bury_not_before = 0;
-            let (mut burials, mut events) = (Vec::new(), 0);
-            while events < BURIED_AT_ONCE
-                && let Some(burial) = self.schedule.next_bury()
-            {
-                events += burial.events.len();
-                burials.push(burial);
-            }
-            if !burials.is_empty() {
-                self.bury(burials);
-            }
+            self.bury_next();
         }
     }
 

@@ -2,82 +2,15 @@
 
 use std::sync::Arc;
 
-use super::attempt::{Done, Place};
-use super::{BURY_AGAIN, BurialEnd, Buried, LANE_ERRORS_MAX, Relay, micros};
+use super::attempt::Done;
+use super::{LANE_ERRORS_MAX, Relay};
 use crate::clock;
 use crate::domain::endpoint::EndpointName;
-use crate::domain::keys::LaneKey;
 use crate::domain::outcome::{AttemptResult, Verdict};
-use crate::domain::schedule::{Breaker, Burial, LaneId, Moment};
-use crate::store::{Ending, Letter, Note, Store};
-
-/// How often a burial that cannot read an event is tried again, before the event counts as damaged.
-const UNREAD_MAX: u32 = 10;
-
-/// A burial with all that it needs.
-struct Grave {
-    burial: Burial,
-    places: Vec<Place>,
-    seqs: Vec<u64>,
-    problem: Option<Arc<str>>,
-    is_last_try: bool,
-}
-
-impl Grave {
-    /// Reads the events. `None`: one cannot be read just now.
-    fn letters(&self, store: &Store) -> Option<Vec<Letter>> {
-        let burial = &self.burial;
-        let mut letters = Vec::with_capacity(self.places.len());
-        for (place, seq) in self.places.iter().zip(self.seqs.iter().copied()) {
-            let stored = match place.reader.as_ref().map(|reader| reader.read(place.offset)) {
-                Some(Ok(stored)) => stored,
-                Some(Err(_)) if !self.is_last_try => return None,
-                Some(Err(_)) | None => None,
-            };
-            if stored.is_none() {
-                store.damaged("journal");
-                tracing::error!(endpoint = %burial.endpoint, seq, "an event's record is damaged: its content is lost");
-            }
-            let (problem, reason, attempts) = (self.problem.clone(), burial.reason, burial.attempts);
-            letters.push(Letter { seq, endpoint: burial.endpoint, stored, reason, attempts, problem });
-        }
-        Some(letters)
-    }
-}
+use crate::domain::schedule::{Breaker, LaneId, Moment};
+use crate::store::{Ending, Note};
 
 impl Relay {
-    /// Makes events dead letters, with one sync for all.
-    pub(super) fn bury(&mut self, burials: Vec<Burial>) {
-        let work: Vec<Grave> = burials.into_iter().map(|burial| self.grave(burial)).collect();
-        let store = self.store.clone();
-        self.burying.spawn_blocking(move || {
-            let mut letters = Vec::new();
-            let mut buried = Vec::with_capacity(work.len());
-            for grave in work {
-                let found = grave.letters(&store);
-                let end = if found.is_some() { BurialEnd::Done } else { BurialEnd::Unread };
-                letters.extend(found.into_iter().flatten());
-                buried.push(Buried { burial: grave.burial, seqs: grave.seqs, end });
-            }
-            if store.bury(&letters, clock::wall_ms()).is_err() {
-                for buried in &mut buried {
-                    buried.end = BurialEnd::Unwritten;
-                }
-            }
-            buried
-        });
-    }
-
-    fn grave(&self, burial: Burial) -> Grave {
-        Grave {
-            places: self.places(&burial.events),
-            seqs: self.seqs(&burial.events),
-            problem: self.lane_errors.get(&burial.lane).cloned(),
-            is_last_try: self.unread.get(&burial.lane).is_some_and(|times| *times >= UNREAD_MAX),
-            burial,
-        }
-    }
-
     pub(super) fn take_report(&mut self, done: Result<Done, tokio::task::JoinError>) {
         let done = match done {
             Ok(done) => done,
@@ -179,40 +112,5 @@ impl Relay {
                 due_ms: clock::wall_ms().saturating_add(wait_ms),
             });
         }
-    }
-
-    pub(super) fn take_burials(&mut self, done: Result<Vec<Buried>, tokio::task::JoinError>) {
-        match done {
-            Ok(done) => done.into_iter().for_each(|buried| self.take_burial(buried)),
-            Err(error) => tracing::error!(%error, "burials ended without a report"),
-        }
-        for (customer, withdrawn) in std::mem::take(&mut self.withdrawing) {
-            self.withdraw(customer, withdrawn);
-        }
-    }
-
-    fn take_burial(&mut self, Buried { burial, seqs, end }: Buried) {
-        let now = clock::micros();
-        if end != BurialEnd::Done {
-            if end == BurialEnd::Unread {
-                *self.unread.entry(burial.lane).or_default() += 1;
-            }
-            self.schedule.not_buried(&burial);
-            self.bury_not_before = now + micros(BURY_AGAIN);
-            return;
-        }
-        self.unread.remove(&burial.lane);
-        let count = burial.events.len() as u64;
-        let lane = self.schedule.lane_key(burial.lane).unwrap_or(LaneKey(0));
-        self.schedule.buried(&burial, now);
-        self.count_buried(burial.lane, count);
-        if self.schedule.waiting(lane) == 0 {
-            self.lane_errors.remove(&burial.lane);
-        }
-        self.notes.push(Note::Settled { lane, ending: Ending::Buried, retry_is_over: true, seqs });
-        *self.ended.entry(burial.endpoint).or_default() += count;
-        self.metrics_of(burial.endpoint).died(burial.reason, count);
-        let reason = burial.reason.as_str();
-        tracing::warn!(endpoint = %burial.endpoint, reason, events = count, "events became dead letters");
     }
 }

@@ -250,59 +250,6 @@ fn a_pooled_connection_that_the_receiver_closed_delays_nothing() {
 }
 
 #[test]
-fn pushes_go_over_tls_to_a_receiver_whose_ca_is_trusted_and_to_no_other() {
-    use std::sync::Arc;
-    let certified = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let key = rustls::pki_types::PrivateKeyDer::try_from(certified.signing_key.serialize_der()).unwrap();
-    let server = rustls::ServerConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .unwrap()
-        .with_no_client_auth()
-        .with_single_cert(vec![certified.cert.der().clone()], key)
-        .unwrap();
-    let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(server));
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-    let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).unwrap();
-    let port = listener.local_addr().unwrap().port();
-    runtime.spawn(async move {
-        use tokio::io::{AsyncReadExt, AsyncWriteExt};
-        loop {
-            let (stream, _) = listener.accept().await.unwrap();
-            let acceptor = acceptor.clone();
-            tokio::spawn(async move {
-                let Ok(mut stream) = acceptor.accept(stream).await else { return };
-                let mut bytes = [0; 65_536];
-                while stream.read(&mut bytes).await.is_ok_and(|read| read > 0) {
-                    let answer = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n";
-                    if stream.write_all(answer).await.is_err() {
-                        return;
-                    }
-                }
-            });
-        }
-    });
-    let dir = tempfile::tempdir().unwrap();
-    let ca = dir.path().join("ca.pem");
-    std::fs::write(&ca, certified.cert.pem()).unwrap();
-    let endpoint = format!("[endpoints.12]\nurl = \"https://localhost:{port}/\"\n");
-    let relay = Relay::start(&format!("{endpoint}[tls]\nextra_ca_file = {ca:?}\n"));
-    relay.queue(&event("a", "m0"));
-    relay.wait_metric("h5push_messages_delivered_total", &[("endpoint", "12")], |count| count == 1.0);
-    drop(relay);
-    let wrong_name = format!("[endpoints.13]\nurl = \"https://127.0.0.1:{port}/\"\n");
-    let relay = Relay::start(&format!("{endpoint}{wrong_name}"));
-    for plugin in [12, 13] {
-        let mut event = event("a", &format!("m{plugin}"));
-        event["im_web_plugin_id"] = serde_json::json!(plugin);
-        relay.queue(&event);
-        let name = plugin.to_string();
-        let labels = [("endpoint", name.as_str()), ("result", "tls")];
-        relay.wait_metric("h5push_push_attempts_total", &labels, |count| count >= 1.0);
-    }
-}
-
-#[test]
 fn pipelined_requests_are_answered_one_after_another() {
     let receiver = Receiver::start();
     let relay = Relay::start(&config(receiver.address, ""));

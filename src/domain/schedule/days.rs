@@ -29,6 +29,7 @@ impl Schedule {
             ("burying", self.burying.capacity()),
             ("fresh lanes", of_endpoints(|endpoint| endpoint.fresh.capacity())),
             ("tried lanes", of_endpoints(|endpoint| endpoint.tried.capacity())),
+            ("lanes to bury", of_endpoints(|endpoint| endpoint.to_bury.capacity())),
             ("timers", of_endpoints(|endpoint| endpoint.timers.capacity())),
             ("ages", of_endpoints(|endpoint| endpoint.ages.buckets())),
             ("segments", self.backlog.groups().count()),

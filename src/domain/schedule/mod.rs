@@ -16,6 +16,8 @@ mod lanes;
 mod reports;
 #[cfg(test)]
 mod sim;
+#[cfg(test)]
+mod sim_checks;
 mod starts;
 #[cfg(test)]
 mod tests;

@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use super::*;
 use crate::domain::endpoint::Plugin;
-use crate::domain::outcome::Report;
 use crate::domain::retry::Backoff;
 
 pub(super) const SECOND: u64 = 1_000_000;
@@ -36,56 +35,56 @@ pub(super) fn name(endpoint: usize) -> EndpointName {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Fate {
+pub(super) enum Fate {
     Waiting,
     Delivered,
     Withdrawn,
     Buried,
 }
 
-struct SimEvent {
-    lane: usize,
-    fate: Fate,
-    second: u32,
-    is_poison: bool,
+pub(super) struct SimEvent {
+    pub(super) lane: usize,
+    pub(super) fate: Fate,
+    pub(super) second: u32,
+    pub(super) is_poison: bool,
 }
 
 /// How an endpoint's receiver behaves for a while.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Mood {
+pub(super) enum Mood {
     Well,
     Broken,
     Hanging,
     Throttling,
 }
 
-struct Sim {
-    rng: fastrand::Rng,
-    schedule: Schedule,
-    now: u64,
-    events: Vec<SimEvent>,
-    by_handle: HashMap<Handle, usize>,
-    lanes: usize,
-    endpoints: usize,
-    moods: Vec<(Mood, u64)>,
+pub(super) struct Sim {
+    pub(super) rng: fastrand::Rng,
+    pub(super) schedule: Schedule,
+    pub(super) now: u64,
+    pub(super) events: Vec<SimEvent>,
+    pub(super) by_handle: HashMap<Handle, usize>,
+    pub(super) lanes: usize,
+    pub(super) endpoints: usize,
+    pub(super) moods: Vec<(Mood, u64)>,
     /// (when it reports, start) of attempts in flight.
-    flights: VecDeque<(u64, Start)>,
+    pub(super) flights: VecDeque<(u64, Start)>,
     /// What a restart would find: the last recorded state of a lane's head.
-    recorded: BTreeMap<usize, (usize, Retry, u64)>,
-    starts: Vec<VecDeque<u64>>,
+    pub(super) recorded: BTreeMap<usize, (usize, Retry, u64)>,
+    pub(super) starts: Vec<VecDeque<u64>>,
     /// Not before this, unless the endpoint's breaker moved since.
-    due: HashMap<usize, u64>,
+    pub(super) due: HashMap<usize, u64>,
     /// Events withdrawn while in flight: may still be delivered, once.
-    withdrawn_in_flight: Vec<usize>,
-    pauses: Vec<Pauses>,
+    pub(super) withdrawn_in_flight: Vec<usize>,
+    pub(super) pauses: Vec<Pauses>,
     /// Events that an operator gave up; a crash forgets that.
-    given_up: HashSet<usize>,
+    pub(super) given_up: HashSet<usize>,
     /// (when it is done, what) of burials that were handed out.
-    burials: Vec<(u64, Burial)>,
+    pub(super) burials: Vec<(u64, Burial)>,
     /// Lanes to be withdrawn again when their burial is done, and the events that must never start any more.
-    withdraw_again: HashMap<usize, Vec<usize>>,
-    is_healed: bool,
-    slot: u16,
+    pub(super) withdraw_again: HashMap<usize, Vec<usize>>,
+    pub(super) is_healed: bool,
+    pub(super) slot: u16,
 }
 
 impl Sim {
@@ -126,7 +125,7 @@ impl Sim {
         }
     }
 
-    fn endpoint_of(&self, lane: usize) -> usize {
+    pub(super) fn endpoint_of(&self, lane: usize) -> usize {
         lane % self.endpoints
     }
 
@@ -183,7 +182,7 @@ impl Sim {
         self.withdraw_lane(lane);
     }
 
-    fn withdraw_lane(&mut self, lane: usize) {
+    pub(super) fn withdraw_lane(&mut self, lane: usize) {
         let withdrawn = self.schedule.withdraw(Self::key(lane));
         for handle in withdrawn.events {
             let event = self.by_handle[&handle];
@@ -204,7 +203,7 @@ impl Sim {
         }
     }
 
-    fn waiting_in(&self, lane: usize) -> Vec<usize> {
+    pub(super) fn waiting_in(&self, lane: usize) -> Vec<usize> {
         let is_it = |event: &usize| self.events[*event].lane == lane && self.events[*event].fate == Fate::Waiting;
         (0..self.events.len()).filter(is_it).collect()
     }
@@ -236,125 +235,6 @@ impl Sim {
         self.given_up.extend(meant);
         if count > 0 {
             self.due.remove(&lane);
-        }
-    }
-
-    fn start_all(&mut self) {
-        while let Some(start) = self.schedule.next(self.now) {
-            let lane = self.events[self.by_handle[&start.events[0]]].lane;
-            let endpoint = self.endpoint_of(lane);
-            assert_eq!(start.endpoint, name(endpoint));
-            assert!(!self.pauses[endpoint].is_paused(), "it is paused");
-            assert!(!self.flights.iter().any(|(_, other)| other.lane == start.lane), "two pushes of a lane");
-            let waiting = self.waiting_in(lane);
-            let offered: Vec<usize> = start.events.iter().map(|handle| self.by_handle[handle]).collect();
-            assert_eq!(offered, waiting[..offered.len()], "not the first of the lane, in order");
-            let withdrawn = self.withdraw_again.get(&lane);
-            assert!(
-                withdrawn.is_none_or(|events| events.iter().all(|event| !offered.contains(event))),
-                "was withdrawn"
-            );
-            assert!(self.due.remove(&lane).is_none_or(|due| due <= self.now), "before it was due");
-            let starts = &mut self.starts[endpoint];
-            starts.push_back(self.now);
-            while starts.front().is_some_and(|at| at + SECOND <= self.now) {
-                starts.pop_front();
-            }
-            let allowed = limits().rate_per_second as usize + limits().burst as usize;
-            assert!(starts.len() <= allowed, "{} starts in a second", starts.len());
-            let (mood, _) = self.moods[endpoint];
-            let takes = match mood {
-                Mood::Hanging => 10 * SECOND,
-                Mood::Well | Mood::Broken | Mood::Throttling => self.rng.u64(1_000..SECOND),
-            };
-            self.flights.push_back((self.now + takes, start));
-            let mine = self.flights.iter().filter(|(_, other)| other.endpoint == name(endpoint)).count();
-            assert!(mine <= limits().concurrency as usize, "beyond the endpoint's concurrency");
-            assert!(self.flights.len() <= settings().max_in_flight as usize);
-            assert_eq!(self.schedule.in_flight(), self.flights.len());
-        }
-        while let Some(burial) = self.schedule.next_bury() {
-            let is_twice = |(_, other): &(u64, Burial)| other.lane == burial.lane;
-            assert!(!self.burials.iter().any(is_twice), "two burials of a lane");
-            for handle in &burial.events {
-                let event = self.by_handle[handle];
-                assert_eq!(self.events[event].fate, Fate::Waiting);
-                match burial.reason {
-                    DeathReason::Refused => assert!(self.events[event].is_poison, "a good event was given up"),
-                    DeathReason::Expired => {
-                        let pauses = &self.pauses[self.endpoint_of(self.events[event].lane)];
-                        let age = pauses.age(u64::from(self.events[event].second), self.now / SECOND);
-                        assert!(age >= settings().max_age_s, "{age} s is not too old");
-                    }
-                    DeathReason::Buried => assert!(self.given_up.contains(&event), "nobody gave it up"),
-                    DeathReason::Attempts | DeathReason::Gone | DeathReason::EndpointRemoved | DeathReason::Damaged => {
-                        unreachable!("{:?}", burial.reason)
-                    }
-                }
-            }
-            let takes = self.rng.u64(0..2 * SECOND);
-            self.burials.push((self.now + takes, burial));
-        }
-    }
-
-    fn end_burial(&mut self, at: usize) {
-        let (_, burial) = self.burials.remove(at);
-        let lane = self.events[self.by_handle[&burial.events[0]]].lane;
-        if self.rng.u8(0..10) == 0 {
-            self.schedule.not_buried(&burial);
-        } else {
-            for handle in &burial.events {
-                let event = self.by_handle[handle];
-                assert_eq!(self.events[event].fate, Fate::Waiting);
-                self.events[event].fate = Fate::Buried;
-            }
-            self.schedule.buried(&burial, self.now);
-        }
-        if self.withdraw_again.remove(&lane).is_some() {
-            self.withdraw_lane(lane);
-            assert!(!self.withdraw_again.contains_key(&lane));
-        }
-    }
-
-    fn report(&mut self, at: usize) {
-        let (_, start) = self.flights.remove(at).unwrap();
-        let lane = self.events[self.by_handle[&start.events[0]]].lane;
-        let taken = if start.is_fixed { start.events.len() } else { self.rng.usize(1..=start.events.len()) };
-        let carried: Vec<usize> = start.events[..taken].iter().map(|handle| self.by_handle[handle]).collect();
-        let report = match self.moods[self.endpoint_of(lane)].0 {
-            Mood::Well if carried.iter().any(|event| self.events[*event].is_poison) => 400,
-            Mood::Well => 200,
-            Mood::Broken => *self.rng.choice(&[500u16, 503, 302]).unwrap(),
-            Mood::Throttling => 429,
-            Mood::Hanging => 0,
-        };
-        let retry_after = self.rng.bool().then(|| Duration::from_secs(self.rng.u64(0..20)));
-        let report = if report == 0 { Report::Timeout } else { Report::Status { code: report, retry_after } };
-        let moment = Moment { now: self.now, second: self.now / SECOND, dice: self.rng.f64() };
-        let outcome = self.schedule.reported(start.lane, taken as u32, report.verdict(), moment);
-        for handle in &outcome.delivered {
-            let event = self.by_handle[handle];
-            assert_eq!(self.events[event].fate, Fate::Waiting);
-            self.events[event].fate = Fate::Delivered;
-        }
-        let late = outcome.delivered_late.len() as u32 + outcome.withdrawn_late;
-        if late > 0 {
-            assert_eq!(late as usize, start.events.len());
-            let count = self.withdrawn_in_flight.len();
-            self.withdrawn_in_flight.retain(|event| self.events[*event].lane != lane);
-            assert_eq!(count - self.withdrawn_in_flight.len(), late as usize);
-        }
-        if outcome.breaker.is_some() {
-            self.due.clear();
-        }
-        if outcome.retry_is_over {
-            self.recorded.remove(&lane);
-        }
-        if let Some(deferred) = outcome.deferred {
-            let due = self.now + micros(deferred.wait);
-            self.due.insert(lane, due);
-            self.recorded.insert(lane, (self.by_handle[&deferred.head], deferred.retry, due));
-            assert!(deferred.wait <= settings().delays.longest());
         }
     }
 
