@@ -31,7 +31,7 @@ use crate::domain::outcome::{self, Report};
 const IDLE_LIMIT: Duration = Duration::from_secs(30);
 /// An answer's body is read up to this, then its connection is dropped.
 const BODY_MAX: usize = 64 << 10;
-/// A connection may take so long to close, and an answer's body so long to come.
+/// A connection may take so long to close.
 const GOODBYE_LIMIT: Duration = Duration::from_secs(1);
 /// Most headers of an answer.
 const HEADERS_MAX: usize = 64;
@@ -358,7 +358,7 @@ async fn survey_answer(
     Report::survey(status, &text).into()
 }
 
-/// Drains the answer and keeps the connection, or drops both: a body that is long in coming is not worth one.
+/// Drains the answer and keeps the connection, or drops both: where there is no place to keep it, at once.
 fn recycle(
     target: Arc<Target>,
     response: Response<Incoming>,
@@ -369,7 +369,6 @@ fn recycle(
         return target.give_back(sender);
     }
     let Some(place) = target.place() else { return };
-    let deadline = deadline.min(tokio::time::Instant::now() + GOODBYE_LIMIT);
     tokio::spawn(async move {
         let mut sender = sender;
         let mut body = Limited::new(response.into_body(), BODY_MAX);
