@@ -15,6 +15,7 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use super::model::{LANES, Play, Told, empty_schedule, names, settings, waiting};
 use super::*;
@@ -262,8 +263,17 @@ fn play(dir: PathBuf, log: &Path, seed: u64) {
         };
         log.write_all(&record(what, customer as u32, 0, event.as_bytes())).unwrap();
     };
-    let mut play = Play::new(seed, dir, tell);
+    let is_copied = || (1..9).any(|number| dir.join(format!("queue-{number}")).exists());
+    let mut play = Play::new(seed, dir.clone(), tell);
     for _ in 0..STEPS {
+        play.step();
+    }
+    // The keeper looks once a second whether the queue is to be copied: a fast machine plays on for a while.
+    for _ in 0..100 {
+        if is_copied() {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(100));
         play.step();
     }
 }
