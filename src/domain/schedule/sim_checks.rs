@@ -41,7 +41,10 @@ impl Sim {
             assert!(self.flights.len() <= settings().max_in_flight as usize);
             assert_eq!(self.schedule.in_flight(), self.flights.len());
         }
-        while let Some(burial) = self.schedule.next_bury() {
+        // One at a time, so that others wait for theirs.
+        while self.burials.is_empty()
+            && let Some(burial) = self.schedule.next_bury()
+        {
             let is_twice = |(_, other): &(u64, Burial)| other.lane == burial.lane;
             assert!(!self.burials.iter().any(is_twice), "two burials of a lane");
             for handle in &burial.events {
