@@ -30,7 +30,8 @@ fn the_relay_does_what_its_description_says() {
         .args(["run", &format!("http://{}/openapi.json", relay.local)])
         // It leaves a cache where it runs.
         .current_dir(env!("CARGO_TARGET_TMPDIR"))
-        .args(["--max-examples", "15", "--workers", "2", "--no-color", "--checks", checks])
+        // With more than one worker its generators fall over each other now and then.
+        .args(["--max-examples", "15", "--workers", "1", "--no-color", "--checks", checks])
         .output()
         .unwrap();
     let said = String::from_utf8_lossy(&done.stdout);

@@ -1,7 +1,7 @@
 //! A receiver that records.
 
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
@@ -67,6 +67,8 @@ struct State {
     keeps: AtomicBool,
     pushes: Mutex<Vec<Push>>,
     changed: Condvar,
+    open: AtomicUsize,
+    open_at_most: AtomicUsize,
 }
 
 impl Receiver {
@@ -83,6 +85,8 @@ impl Receiver {
             keeps: AtomicBool::new(true),
             pushes: Mutex::new(Vec::new()),
             changed: Condvar::new(),
+            open: AtomicUsize::new(0),
+            open_at_most: AtomicUsize::new(0),
         });
         runtime.spawn(serve(listener, Arc::clone(&state)));
         Receiver { address, state, _runtime: runtime }
@@ -103,6 +107,11 @@ impl Receiver {
 
     pub fn pushes(&self) -> Vec<Push> {
         self.state.pushes.lock().unwrap().clone()
+    }
+
+    /// Most pushes that were read and not yet answered at any time.
+    pub fn open_at_most(&self) -> usize {
+        self.state.open_at_most.load(Ordering::SeqCst)
     }
 
     /// Pushes that were answered with 2xx.
@@ -160,6 +169,8 @@ async fn record(
     request: Request<hyper::body::Incoming>,
 ) -> std::io::Result<HyperResponse<Full<Bytes>>> {
     let at = Instant::now();
+    let open = state.open.fetch_add(1, Ordering::SeqCst) + 1;
+    state.open_at_most.fetch_max(open, Ordering::SeqCst);
     let path = request.uri().to_string();
     let text = |value: &hyper::header::HeaderValue| value.to_str().unwrap().to_owned();
     let headers = request.headers().iter().map(|(name, value)| (name.to_string(), text(value))).collect();
@@ -186,6 +197,7 @@ async fn record(
         Answer::Break => (0, Duration::ZERO),
     };
     tokio::time::sleep(wait).await;
+    state.open.fetch_sub(1, Ordering::SeqCst);
     push.status = status;
     if state.keeps.load(Ordering::SeqCst) {
         state.pushes.lock().unwrap().push(push);
