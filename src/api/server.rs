@@ -30,8 +30,6 @@ const HEAD_LIMIT: Duration = Duration::from_secs(30);
 const TLS_LIMIT: Duration = Duration::from_secs(10);
 /// The last answer of a connection that is to make room may take so long.
 const LAST_ANSWER_LIMIT: Duration = Duration::from_secs(60);
-/// Most headers of a request.
-const HEADERS_MAX: usize = 64;
 /// Largest head of a request, bytes.
 const HEAD_MAX: usize = 64 << 10;
 /// Connections that the kernel holds until they are accepted.
@@ -298,7 +296,6 @@ where
     let connection = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_LIMIT)
-        .max_headers(HEADERS_MAX)
         .max_buf_size(HEAD_MAX)
         .serve_connection(io, service);
     let mut connection = std::pin::pin!(connection);

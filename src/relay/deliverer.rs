@@ -33,8 +33,6 @@ const IDLE_LIMIT: Duration = Duration::from_secs(30);
 const BODY_MAX: usize = 64 << 10;
 /// A connection may take so long to close.
 const GOODBYE_LIMIT: Duration = Duration::from_secs(1);
-/// Most headers of an answer.
-const HEADERS_MAX: usize = 64;
 /// Largest head of an answer, bytes.
 const HEAD_MAX: usize = 64 << 10;
 
@@ -306,7 +304,6 @@ async fn connect(target: &Target) -> Result<SendRequest<Full<Bytes>>, Seen> {
         Seen { report, detail: Some(error.to_string()) }
     })?;
     let (sender, connection) = hyper::client::conn::http1::Builder::new()
-        .max_headers(HEADERS_MAX)
         .max_buf_size(HEAD_MAX)
         .handshake(stream)
         .await
