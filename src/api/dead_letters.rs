@@ -1,5 +1,7 @@
 //! `/v1/dead-letters` (contract §6): what was given up, to be looked at, put back or removed.
 
+use std::borrow::Cow;
+
 use hyper::StatusCode;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
@@ -20,7 +22,7 @@ struct Shown<'a> {
     endpoint: String,
     web_token: Option<&'a str>,
     im_web_plugin_id: Option<u64>,
-    event_id: Option<&'a str>,
+    event_id: Option<Cow<'a, str>>,
     reason: &'static str,
     buried_at: String,
     accepted_at: Option<String>,
@@ -38,7 +40,7 @@ fn shown<'a>(letter: &DeadLetter, dead: &Dead<'a>, with_messages: bool) -> Shown
         endpoint: dead.endpoint.to_string(),
         web_token: event.map(|event| event.web_token),
         im_web_plugin_id: event.and_then(|event| event.plugin.given()),
-        event_id: event.map(|event| event.event_id),
+        event_id: event.map(Accepted::event_id),
         reason: dead.reason.as_str(),
         buried_at: rfc3339(dead.buried_ms),
         accepted_at: event.map(|event| rfc3339(event.accepted_ms)),

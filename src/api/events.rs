@@ -12,6 +12,7 @@ use crate::clock;
 use crate::domain::endpoint::Plugin;
 use crate::domain::event::{Event, JSON_SPACE};
 use crate::domain::gate::Suppressed;
+use crate::domain::keys::{self, EventKey};
 use crate::metrics::EventOutcome;
 use crate::store::{Accepted, Ending, Post, Posted, encode_event};
 
@@ -37,8 +38,16 @@ struct Outcome<'a> {
     error: Option<ErrorBody<'a>>,
 }
 
-/// One item of a request: an event with its id, or why it is none.
-type Item<'a> = Result<(Event<'a>, Cow<'a, str>), ApiError>;
+/// An event of a request with its key and its id, the IM server's, made up, or derived.
+struct Named<'a> {
+    event: Event<'a>,
+    key: EventKey,
+    id: Cow<'a, str>,
+    is_derived: bool,
+}
+
+/// One item of a request: an event, or why it is none.
+type Item<'a> = Result<Named<'a>, ApiError>;
 
 enum Verdict {
     Posted(Posted),
@@ -62,7 +71,7 @@ pub(super) async fn post(api: &Api, form: Form, body: &[u8]) -> Result<Answer, A
     }
     let now_ms = clock::wall_ms();
     let posts: Vec<Post<'_>> =
-        items.iter().filter_map(|item| item.as_ref().ok()).map(|(event, id)| prepare(api, event, id, now_ms)).collect();
+        items.iter().filter_map(|item| item.as_ref().ok()).map(|named| prepare(api, named, now_ms)).collect();
     let count = posts.len() as u64;
     let posted = if posts.is_empty() { Vec::new() } else { store(api, posts, now_ms, count).await? };
     let mut posted = posted.into_iter();
@@ -77,7 +86,7 @@ pub(super) async fn post(api: &Api, form: Form, body: &[u8]) -> Result<Answer, A
         count_one(api, verdict);
     }
     api.metrics.accept_seconds.observe(begun.elapsed().as_secs_f64());
-    let ids = items.iter().map(|item| item.as_ref().ok().map(|(_, id)| id.as_ref()));
+    let ids = items.iter().map(|item| item.as_ref().ok().map(|named| named.id.as_ref()));
     if is_one {
         let (Some(verdict), Some(id)) = (verdicts.first(), ids.into_iter().next()) else {
             return Err(error(Code::InvalidRequest, "events: must not be empty"));
@@ -111,8 +120,7 @@ pub(super) async fn show(api: &Api, event_id: &str, query: &str) -> Result<Answe
     let plugin =
         plugin.ok_or_else(|| error(Code::InvalidRequest, "im_web_plugin_id: must be an integer from 0 to 2^63-1"))?;
     let given = api.store.hashing().given_event(plugin, event_id);
-    // An id that was derived says its own key.
-    let derived = event_id.strip_prefix("mid_").and_then(|hex| u128::from_str_radix(hex, 16).ok());
+    let derived = keys::key_of_derived(event_id);
     let store = api.store.clone();
     let now_s = clock::wall_ms() / 1_000;
     let look_up = move || match store.fate(given, now_s) {
@@ -174,20 +182,21 @@ fn read<'a>(api: &Api, text: &'a [u8], bytes_max: usize) -> Item<'a> {
     }
     let text = std::str::from_utf8(text).map_err(|_| error(Code::InvalidEvent, "event: must be UTF-8"))?;
     let event = Event::parse(text).map_err(|invalid| error(Code::InvalidEvent, invalid.to_string()))?;
-    let id = match (&event.event_id, &event.messages.ids) {
-        (Some(id), _) => id.clone(),
-        (None, Some(_)) => {
-            let key = event.key(&api.store.hashing()).unwrap_or_default();
-            Cow::Owned(format!("mid_{key:032x}"))
+    let hashing = api.store.hashing();
+    let (key, id, is_derived) = match (event.key(&hashing), &event.event_id) {
+        (Some(key), Some(id)) => (key, id.clone(), false),
+        (Some(key), None) => (key, Cow::Owned(keys::derived_id(key)), true),
+        (None, _) => {
+            let id = format!("evt_{:032x}", clock::random_id());
+            (hashing.given_event(event.plugin, &id), Cow::Owned(id), false)
         }
-        (None, None) => Cow::Owned(format!("evt_{:032x}", clock::random_id())),
     };
-    Ok((event, id))
+    Ok(Named { event, key, id, is_derived })
 }
 
-fn prepare<'a>(api: &Api, event: &'a Event<'a>, event_id: &str, now_ms: u64) -> Post<'a> {
+fn prepare<'a>(api: &Api, named: &'a Named<'a>, now_ms: u64) -> Post<'a> {
+    let Named { event, key, id, is_derived } = named;
     let hashing = api.store.hashing();
-    let key = event.key(&hashing).unwrap_or_else(|| hashing.given_event(event.plugin, event_id));
     let endpoint = api.endpoint_of(event.plugin);
     let name = endpoint.map_or(crate::domain::endpoint::EndpointName::DEFAULT, |(name, _)| name);
     let lane = hashing.lane(name, event.plugin, &event.web_token);
@@ -195,14 +204,14 @@ fn prepare<'a>(api: &Api, event: &'a Event<'a>, event_id: &str, now_ms: u64) -> 
         endpoint: name,
         plugin: event.plugin,
         lane,
-        key,
+        key: *key,
         accepted_ms: now_ms,
-        event_id,
+        given_id: Some(id.as_ref()).filter(|_| !is_derived),
         web_token: &event.web_token,
         count: event.messages.count,
         messages: event.messages.text,
     });
-    Post { event, key, endpoint, lane, record }
+    Post { event, key: *key, endpoint, lane, record }
 }
 
 fn outcome<'a>(id: Option<&'a str>, verdict: &'a Verdict, full: &'a ApiError) -> Outcome<'a> {

@@ -47,7 +47,7 @@ async fn store(api: &Api, parameters: &Parameters) -> Result<(), Failure> {
         lane: hashing.lane(endpoint.name, Plugin::NONE, &session),
         key: hashing.given_event(Plugin::NONE, &event_id),
         accepted_ms: clock::wall_ms(),
-        event_id: &event_id,
+        given_id: Some(&event_id),
         web_token: &session,
         count: 1,
         messages: &body,

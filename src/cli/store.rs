@@ -102,7 +102,7 @@ fn export(config: &Config) -> anyhow::Result<()> {
                 out,
                 "{{\"endpoint\":{},\"event_id\":{},\"web_token\":{},\"im_web_plugin_id\":{},\"accepted_ms\":{},\"messages\":[{}]}}",
                 json!(event.endpoint.to_string()),
-                json!(event.event_id),
+                json!(event.event_id()),
                 json!(event.web_token),
                 event.plugin.id(),
                 event.accepted_ms,

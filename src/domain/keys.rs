@@ -94,9 +94,33 @@ impl HashKey {
     }
 }
 
+/// What an event's id begins with that is made of its `message_id`s.
+const DERIVED: &str = "mid_";
+
+/// The `event_id` of an event that came without one: its key, so that it need not be stored.
+#[must_use]
+pub fn derived_id(key: EventKey) -> String {
+    format!("{DERIVED}{key:032x}")
+}
+
+/// The key that an id says, if it is a derived one.
+#[must_use]
+pub fn key_of_derived(event_id: &str) -> Option<EventKey> {
+    event_id.strip_prefix(DERIVED).and_then(|hex| u128::from_str_radix(hex, 16).ok())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_derived_id_says_its_key() {
+        for key in [0, 1, 0x0123_4567_89ab_cdef, u128::MAX] {
+            assert_eq!(key_of_derived(&derived_id(key)), Some(key));
+        }
+        assert_eq!(key_of_derived("evt_00000000000000000000000000000001"), None);
+        assert_eq!(key_of_derived("mid_"), None);
+    }
 
     #[test]
     fn event_keys_differ_by_plugin_kind_and_cut() {

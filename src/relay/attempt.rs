@@ -166,7 +166,9 @@ impl Job {
                 break;
             }
             seqs.push(stored.seq());
-            event_ids.push(event.event_id);
+            if self.settings.logs_attempts {
+                event_ids.push(event.event_id());
+            }
             done.accepted_ms.push(event.accepted_ms);
         }
         done.taken = seqs.len() as u32;
@@ -175,8 +177,7 @@ impl Job {
         let body =
             if is_survey { first.messages.to_owned() } else { composition.body(first.web_token, first.plugin).ok()? };
         let id = push::webhook_id(&self.hashing, &seqs);
-        let event_ids = if self.settings.logs_attempts { event_ids.join(" ") } else { String::new() };
-        Some((Push { id, attempt: self.attempt, body: Bytes::from(body) }, event_ids))
+        Some((Push { id, attempt: self.attempt, body: Bytes::from(body) }, event_ids.join(" ")))
     }
 }
 

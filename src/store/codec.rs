@@ -10,12 +10,14 @@
 //! `synced` says up to which offset the file was known to be on stable storage when the record was written: a bad
 //! record below any such mark is damage, above all of them it is a torn tail.
 
+use std::borrow::Cow;
+
 use serde::{Deserialize, Serialize};
 
 use super::dead_letters::LetterId;
 use crate::domain::customer::{Customer, NameKind};
 use crate::domain::endpoint::{EndpointName, Plugin};
-use crate::domain::keys::{EventKey, LaneKey};
+use crate::domain::keys::{self, EventKey, LaneKey};
 use crate::domain::outcome::DeathReason;
 use crate::domain::schedule::Retry;
 
@@ -76,17 +78,26 @@ pub struct Accepted<'a> {
     /// Its lane.
     pub lane: LaneKey,
     /// Its idempotency key.
+    #[serde(with = "postcard::fixint::le")]
     pub key: EventKey,
     /// When it was accepted, Unix milliseconds.
     pub accepted_ms: u64,
-    /// Its id, given, derived or made up.
-    pub event_id: &'a str,
+    /// Its id as given or made up; `None`: derived, so that its key says it.
+    pub given_id: Option<&'a str>,
     /// The customer; of a survey, the session.
     pub web_token: &'a str,
     /// How many messages.
     pub count: u32,
     /// The messages, as they stood between the brackets; of a survey, the body.
     pub messages: &'a str,
+}
+
+impl<'a> Accepted<'a> {
+    /// Its id, as the IM server knows it.
+    #[must_use]
+    pub fn event_id(&self) -> Cow<'a, str> {
+        self.given_id.map_or_else(|| Cow::Owned(keys::derived_id(self.key)), Cow::Borrowed)
+    }
 }
 
 /// How events ended.
@@ -164,7 +175,7 @@ impl<'a> Record<'a> {
     pub(super) fn encode(&self) -> Vec<u8> {
         // Mostly enough, and not much more: many wait for the disk at once.
         let room = if let Record::Accepted(event) = self {
-            ACCEPTED_REST + event.event_id.len() + event.web_token.len() + event.messages.len()
+            ACCEPTED_REST + event.given_id.map_or(0, str::len) + event.web_token.len() + event.messages.len()
         } else {
             64
         };
@@ -263,7 +274,7 @@ mod tests {
             lane: LaneKey(0x0123_4567_89ab_cdef),
             key: 0xfeed,
             accepted_ms: 1_795_000_000_123,
-            event_id: "e-1",
+            given_id: Some("e-1"),
             web_token: "wang",
             count: 1,
             messages: r#"{"type":"message"}"#,
@@ -285,8 +296,9 @@ mod tests {
         assert_eq!(Record::decode(checked_body(&header, &frame).unwrap()).unwrap(), accepted());
     }
 
-    const FROZEN_V1: &str = "4835520132000000070000002c010000000100000500700000000000239227f6010c0cef9bafcdf8acd1\
-        9101edfd03fbbcd9f29e3403652d310477616e6701127b2274797065223a226d657373616765227dac2387bb";
+    const FROZEN_V1: &str = "4835520140000000070000002c010000000100000500700000000000bce73111010c0cef9bafcdf8acd1\
+        9101edfe0000000000000000000000000000fbbcd9f29e340103652d310477616e6701127b2274797065223a226d65\
+        7373616765227dbd72c3cf";
 
     /// Each with its bytes of version 1, frozen as well.
     #[test]
@@ -310,6 +322,8 @@ mod tests {
             ..Retry::default()
         };
         let Record::Accepted(event) = accepted() else { unreachable!() };
+        let derived = Accepted { given_id: None, ..event.clone() };
+        assert_eq!(derived.event_id(), "mid_0000000000000000000000000000feed");
         let dead = Dead {
             seq: 9,
             reason: DeathReason::Refused,
@@ -334,7 +348,11 @@ mod tests {
             ),
             (
                 accepted(),
-                "010c0cef9bafcdf8acd19101edfd03fbbcd9f29e3403652d310477616e6701127b2274797065223a226d657373616765227d",
+                "010c0cef9bafcdf8acd19101edfe0000000000000000000000000000fbbcd9f29e340103652d310477616e6701127b2274797065223a226d657373616765227d",
+            ),
+            (
+                Record::Accepted(derived),
+                "010c0cef9bafcdf8acd19101edfe0000000000000000000000000000fbbcd9f29e34000477616e6701127b2274797065223a226d657373616765227d",
             ),
             (
                 Record::Settled(Settled {
@@ -373,7 +391,7 @@ mod tests {
             (Record::Sealed { events: 3 }, "0503"),
             (
                 Record::Dead(dead),
-                "060902c8bfd9f29e3405010c0cef9bafcdf8acd19101edfd03fbbcd9f29e3403652d310477616e6701127b2274797065223a226d657373616765227d00010a73746174757320343030",
+                "060902c8bfd9f29e3405010c0cef9bafcdf8acd19101edfe0000000000000000000000000000fbbcd9f29e340103652d310477616e6701127b2274797065223a226d657373616765227d00010a73746174757320343030",
             ),
             (Record::Gone(vec!["3-17".parse().unwrap()]), "07010311"),
         ];

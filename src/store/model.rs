@@ -66,7 +66,7 @@ pub(super) fn waiting(schedule: &Schedule, store: &Store) -> BTreeMap<usize, Vec
                 let reader = store.reader(event.slot()).unwrap();
                 let stored = reader.read(schedule.backlog.offset(*event)).unwrap().unwrap();
                 assert_eq!(stored.seq(), schedule.backlog.seq(*event));
-                stored.event().unwrap().event_id.to_owned()
+                stored.event().unwrap().event_id().into_owned()
             })
             .collect();
         if !ids.is_empty() {
@@ -224,7 +224,7 @@ impl Play {
                     lane,
                     key,
                     accepted_ms: 1_000_000,
-                    event_id: event.event_id.as_deref().unwrap(),
+                    given_id: event.event_id.as_deref(),
                     web_token: &event.web_token,
                     count: event.messages.count,
                     messages: event.messages.text,
