@@ -4,6 +4,7 @@
 //! head of the answer; the body is drained in the background within what is left of it, so that the connection can be
 //! used again.
 
+use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -12,9 +13,9 @@ use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::{Body as _, Incoming};
 use hyper::client::conn::http1::SendRequest;
-use hyper::header::{self, HeaderMap, HeaderValue};
+use hyper::header::{self, HeaderMap, HeaderName, HeaderValue};
 use hyper::rt::Write as _;
-use hyper::{Request, Response};
+use hyper::{Request, Response, Uri};
 use hyper_rustls::HttpsConnector;
 use rustls::pki_types::CertificateDer;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -36,12 +37,21 @@ const GOODBYE_LIMIT: Duration = Duration::from_secs(1);
 /// Largest head of an answer, bytes.
 const HEAD_MAX: usize = 64 << 10;
 
+static WEBHOOK_ID: HeaderName = HeaderName::from_static("webhook-id");
+static WEBHOOK_TIMESTAMP: HeaderName = HeaderName::from_static("webhook-timestamp");
+static WEBHOOK_SIGNATURE: HeaderName = HeaderName::from_static("webhook-signature");
+static H5PUSH_ATTEMPT: HeaderName = HeaderName::from_static("h5push-attempt");
+/// Headers of a push beside the endpoint's own: these, `host`, `content-type`, `user-agent`, hyper's `content-length`.
+const OWN_HEADERS: usize = 8;
+
 /// An endpoint as the deliverer uses it: its config, how to connect to it, and its idle connections, which go with it.
 pub struct Target {
     /// As configured.
     pub endpoint: Endpoint,
     connector: HttpsConnector<Dialer>,
     host: Option<HeaderValue>,
+    /// Path and query of its URL.
+    path: Uri,
     idle: Mutex<Vec<Idle>>,
     /// For connections that are kept: of this endpoint, and of all.
     places: [Arc<Semaphore>; 2],
@@ -189,6 +199,7 @@ impl Deliverer {
     pub fn target(&self, endpoint: Endpoint, rule: &Arc<UrlRule>) -> Target {
         let authority = endpoint.url.uri().authority().map(|authority| authority.as_str().to_owned());
         let host = authority.and_then(|authority| HeaderValue::try_from(authority).ok());
+        let path = endpoint.url.uri().path_and_query().cloned().map_or_else(Uri::default, Uri::from);
         let mut tls = (*self.tls).clone();
         if let Some(cert) = &endpoint.client_cert {
             tls.client_auth_cert_resolver = Arc::new(rustls::sign::SingleCertAndKey::from(Arc::clone(&cert.0)));
@@ -203,7 +214,7 @@ impl Deliverer {
             .wrap_connector(Dialer { resolver: Arc::clone(&self.resolver), rule });
         let own = Arc::new(Semaphore::new(endpoint.limits.concurrency as usize));
         let places = [own, Arc::clone(&self.idle_places)];
-        Target { endpoint, connector, host, idle: Mutex::new(Vec::new()), places }
+        Target { endpoint, connector, host, path, idle: Mutex::new(Vec::new()), places }
     }
 
     /// Makes one attempt. `may_send` is asked right before the first byte; `None` if it says no. The body is held only
@@ -266,28 +277,26 @@ impl Deliverer {
 
     fn request(&self, target: &Target, push: Push) -> Result<Request<Full<Bytes>>, Report> {
         let endpoint = &target.endpoint;
-        let uri = endpoint.url.uri();
-        let path = uri.path_and_query().map_or("/", |path| path.as_str());
         let timestamp = clock::wall().as_secs();
-        let mut headers = HeaderMap::new();
+        let mut headers = HeaderMap::with_capacity(OWN_HEADERS + endpoint.headers.len());
         let text = |text: String| HeaderValue::try_from(text).map_err(|_| Report::Io);
         if let Some(host) = &target.host {
             headers.insert(header::HOST, host.clone());
         }
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
         headers.insert(header::USER_AGENT, self.user_agent.clone());
-        headers.insert("webhook-timestamp", HeaderValue::from(timestamp));
+        headers.insert(&WEBHOOK_TIMESTAMP, HeaderValue::from(timestamp));
         if let Some(keys) = &endpoint.signing {
-            headers.insert("webhook-signature", text(keys.sign(&push.id, timestamp, &push.body))?);
+            headers.insert(&WEBHOOK_SIGNATURE, text(keys.sign(&push.id, timestamp, &push.body))?);
         }
-        headers.insert("webhook-id", text(push.id)?);
-        headers.insert("h5push-attempt", HeaderValue::from(push.attempt));
+        headers.insert(&WEBHOOK_ID, text(push.id)?);
+        headers.insert(&H5PUSH_ATTEMPT, HeaderValue::from(push.attempt));
         for (name, value) in &endpoint.headers {
             headers.insert(name, value.clone());
         }
         let mut request = Request::new(Full::new(push.body));
         *request.method_mut() = hyper::Method::POST;
-        *request.uri_mut() = path.parse().map_err(|_| Report::Io)?;
+        *request.uri_mut() = target.path.clone();
         *request.headers_mut() = headers;
         Ok(request)
     }
@@ -303,7 +312,7 @@ async fn connect(target: &Target) -> Result<SendRequest<Full<Bytes>>, Seen> {
         };
         Seen { report, detail: Some(error.to_string()) }
     })?;
-    let (sender, connection) = hyper::client::conn::http1::Builder::new()
+    let (sender, mut connection) = hyper::client::conn::http1::Builder::new()
         .max_buf_size(HEAD_MAX)
         .handshake(stream)
         .await
@@ -311,8 +320,10 @@ async fn connect(target: &Target) -> Result<SendRequest<Full<Bytes>>, Seen> {
     // Ends when the sender is dropped or the peer closes. A peer that reads nothing keeps no connection: what is left to
     // be written, TLS's good-bye too, is given a moment.
     tokio::spawn(async move {
-        if let Ok(mut parts) = connection.without_shutdown().await {
-            let goodbye = std::future::poll_fn(|context| Pin::new(&mut parts.io).poll_shutdown(context));
+        // In its place: a connection with TLS is large, and `without_shutdown` would keep room for it twice.
+        if poll_fn(|context| connection.poll_without_shutdown(context)).await.is_ok() {
+            let mut stream = connection.into_parts().io;
+            let goodbye = poll_fn(|context| Pin::new(&mut stream).poll_shutdown(context));
             drop(tokio::time::timeout(GOODBYE_LIMIT, goodbye).await);
         }
     });
