@@ -1,5 +1,7 @@
 //! `POST /v1/events`: every form, outcome and error of contract §3.
 
+use std::os::unix::fs::PermissionsExt as _;
+
 use serde_json::{Value, json};
 
 use super::support::*;
@@ -247,6 +249,27 @@ fn a_token_is_asked_for_when_one_is_configured() {
     assert_eq!(get(relay.local, "/healthz").status, 200);
     assert_eq!(get(relay.local, "/v1/nothing").status, 401);
     assert!(!relay.log().contains("s3cret"));
+}
+
+/// Only the relay's own user reads what customers were told.
+#[test]
+fn the_data_directory_is_closed_to_others() {
+    let (_receiver, relay) = start();
+    let mode = std::fs::metadata(relay.data_dir()).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o700);
+}
+
+/// A page in a browser can send a form anywhere: it must do nothing here, also where no body is asked for.
+#[test]
+fn a_form_changes_nothing_where_no_body_is_read() {
+    let (_receiver, relay) = start();
+    for media_type in ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"] {
+        let answer = request(relay.local, "POST", "/v1/endpoints/12/pause", &[("content-type", media_type)], b"a=b");
+        assert_eq!((answer.status, answer.code().as_str()), (415, "unsupported_media_type"), "{media_type}");
+    }
+    assert_eq!(relay.done("GET", "/v1/status", &Value::Null)["endpoints"][0]["state"], "up");
+    relay.done("POST", "/v1/endpoints/12/pause", &Value::Null);
+    assert_eq!(relay.done("GET", "/v1/status", &Value::Null)["endpoints"][0]["state"], "paused");
 }
 
 #[test]

@@ -314,6 +314,7 @@ fn a_reload_takes_all_over_or_nothing() {
 
     let moved = first.replace(&receiver.address.to_string(), &other.address.to_string());
     let moved = moved.replace("[metrics]", "[metrics]\nmax_endpoints = 7");
+    let moved = moved.replace("min_free_disk = 0", "min_free_disk = \"1KiB\"");
     std::fs::write(&path, moved).unwrap();
     relay.signal("HUP");
     wait_until("it is read", || relay.metric("h5push_config_last_reload_successful", &[]) == 1.0);
@@ -321,7 +322,8 @@ fn a_reload_takes_all_over_or_nothing() {
     assert_eq!(other.wait_delivered(1), ["m2"]);
     let status = relay.done("GET", "/v1/status", &NOTHING);
     assert_eq!(status["config"]["error"], NOTHING);
-    assert_eq!(status["config"]["needs_restart"], json!(["metrics.max_endpoints"]));
+    assert_eq!(status["config"]["needs_restart"], json!(["metrics.max_endpoints", "outbox.min_free_disk"]));
+    assert_eq!(status["disk"]["floor_bytes"], 0, "the floor in effect");
     assert_eq!(receiver.delivered_ids(), ["m0", "m1"]);
 }
 

@@ -103,6 +103,28 @@ fn retry_after_holds_the_whole_endpoint_and_counts_as_no_attempt() {
 }
 
 #[test]
+fn a_journal_that_cannot_be_read_just_now_changes_nothing_of_a_push_but_when_it_goes() {
+    let one = Settings { max_attempts: 1, ..settings() };
+    let mut schedule = one_endpoint(one, limits());
+    let events: Vec<Handle> = (0..2).map(|_| append(&mut schedule, 1, 0, 0, 0)).collect();
+    let start = schedule.next(0).unwrap();
+    // It was sent, and nobody knows what came of it: both go again together, and only they.
+    schedule.reported(start.lane, 2, Verdict::Again, at(0));
+    append(&mut schedule, 1, 0, 0, 0);
+    let mut now = 0;
+    for _ in 0..3 {
+        let start = schedule.next(now).unwrap();
+        assert_eq!((start.events, start.is_fixed, start.attempt), (events.clone(), true, 1));
+        let outcome = schedule.reported(start.lane, 0, Verdict::Unread, at(now));
+        assert!(outcome.delivered.is_empty() && outcome.breaker.is_none());
+        assert!(schedule.next(now).is_none(), "it waits before it tries again");
+        now = schedule.wake_at().unwrap();
+    }
+    let start = schedule.next(now).unwrap();
+    assert_eq!(schedule.reported(start.lane, 2, Verdict::Delivered, at(now)).delivered, events);
+}
+
+#[test]
 fn a_refused_push_is_sent_singly_and_only_the_refused_event_dies() {
     let mut schedule = one_endpoint(settings(), limits());
     let events: Vec<Handle> = (0..3).map(|_| append(&mut schedule, 1, 0, 0, 0)).collect();
