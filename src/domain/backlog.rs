@@ -96,6 +96,15 @@ pub struct GroupMark {
     pub live_bytes: u64,
 }
 
+impl GroupMark {
+    /// Whether there is an event at a place that has not ended.
+    #[must_use]
+    pub fn waits(&self, place: usize) -> bool {
+        let word = self.settled.get(place / 64).filter(|_| place < self.places as usize);
+        word.is_some_and(|word| word >> (place % 64) & 1 == 0)
+    }
+}
+
 /// The first sequence number of a segment's events.
 #[must_use]
 pub fn first_seq(segment: u64) -> u64 {

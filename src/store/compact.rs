@@ -2,6 +2,7 @@
 //! place, each event keeping its sequence number. What waits is never out of reach: the old file stays open for those
 //! who read it, the new one takes its name when it is on stable storage.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -22,10 +23,18 @@ const SEGMENTS_MAX: usize = 4;
 const CHUNK: usize = 1 << 20;
 
 /// Rewrites a few segments, when dead space has passed a third of the whole.
-pub(super) fn compact(inner: &Inner, queue: &Queue, snapshot: &Snapshot, freed: &Freed) -> Result<(), QueueError> {
+/// Those that hold damage stay as they are, and are remembered.
+pub(super) fn compact(
+    inner: &Inner,
+    queue: &Queue,
+    snapshot: &Snapshot,
+    freed: &Freed,
+    uncompactable: &mut HashSet<u64>,
+) -> Result<(), QueueError> {
     let mut sizes: Vec<(u64, u64, &GroupMark)> = Vec::new();
     for mark in &snapshot.marks {
-        if mark.segment >= snapshot.position.segment || freed.contains(&mark.segment) {
+        let stays = freed.contains(&mark.segment) || uncompactable.contains(&mark.segment);
+        if mark.segment >= snapshot.position.segment || stays {
             continue;
         }
         let path = segment::path(&disk::journal_dir(&inner.settings.dir), mark.segment);
@@ -40,7 +49,11 @@ pub(super) fn compact(inner: &Inner, queue: &Queue, snapshot: &Snapshot, freed: 
         if dead * 3 < whole || dead < u64::from(inner.settings.segment_bytes) {
             break;
         }
-        rewrite(inner, queue, mark)?;
+        if !rewrite(inner, queue, mark)? {
+            tracing::warn!(segment = mark.segment, "not compacted: a record of what waits in it does not read back");
+            uncompactable.insert(mark.segment);
+            continue;
+        }
         tracing::info!(segment = mark.segment, bytes = len, live, "compacted a segment");
         whole -= len - live;
         dead -= len - live;
@@ -48,13 +61,16 @@ pub(super) fn compact(inner: &Inner, queue: &Queue, snapshot: &Snapshot, freed: 
     Ok(())
 }
 
-fn rewrite(inner: &Inner, queue: &Queue, mark: &GroupMark) -> Result<(), QueueError> {
-    let Some((old_slot, old)) = ({
+/// Says whether all that waits in the segment read back: without that it stays as it is, because the relay knows the
+/// record by its place.
+fn rewrite(inner: &Inner, queue: &Queue, mark: &GroupMark) -> Result<bool, QueueError> {
+    let Some((old_slot, old, end)) = ({
         let segments = inner.segments.read().unwrap_or_else(PoisonError::into_inner);
         let slot = segments.slots.get(&mark.segment).copied();
-        slot.zip(segments.by_number(mark.segment).cloned())
+        let end = segments.ends.get(&mark.segment).copied();
+        slot.zip(segments.by_number(mark.segment).cloned()).map(|(slot, old)| (slot, old, end))
     }) else {
-        return Ok(());
+        return Ok(true);
     };
     let dir = disk::journal_dir(&inner.settings.dir);
     let temporary = dir.join("compacting");
@@ -69,7 +85,9 @@ fn rewrite(inner: &Inner, queue: &Queue, mark: &GroupMark) -> Result<(), QueueEr
         version: env!("CARGO_PKG_VERSION"),
     };
     copy.push(0, &Record::Opened(opened).encode())?;
-    let end = old.file.metadata()?.len() as u32;
+    // What is behind the end was given up, and is nothing that waits.
+    let len = old.file.metadata()?.len() as u32;
+    let end = end.map_or(len, |end| end.min(len));
     let mut events: Vec<(IndexEntry, LaneKey)> = Vec::new();
     let mut result = Ok(());
     segment::scan_synced(&old.file, mark.segment, 0, end, |frame| {
@@ -78,6 +96,10 @@ fn rewrite(inner: &Inner, queue: &Queue, mark: &GroupMark) -> Result<(), QueueEr
         }
     })?;
     result?;
+    if events.len() < (0..mark.places as usize).filter(|place| mark.waits(*place)).count() {
+        std::fs::remove_file(&temporary)?;
+        return Ok(false);
+    }
     copy.write()?;
     let len = copy.written as u32;
     file.sync_all()?;
@@ -98,7 +120,7 @@ fn rewrite(inner: &Inner, queue: &Queue, mark: &GroupMark) -> Result<(), QueueEr
         slot
     }) else {
         // Every slot is taken: the old file stays in use until the next start.
-        return Ok(());
+        return Ok(true);
     };
     let (done, told) = std::sync::mpsc::channel();
     let events = events.iter().map(|(entry, lane)| (entry.seq, entry.offset, entry.len, *lane, entry.second)).collect();
@@ -108,7 +130,7 @@ fn rewrite(inner: &Inner, queue: &Queue, mark: &GroupMark) -> Result<(), QueueEr
         inner.segments.write().unwrap_or_else(PoisonError::into_inner).free(old_slot);
         queue.remove_blocks(mark.segment, old.generation)?;
     }
-    Ok(())
+    Ok(true)
 }
 
 /// The new file on its way.
@@ -123,7 +145,7 @@ impl Copy<'_> {
     fn keep(&mut self, frame: &Frame, mark: &GroupMark, events: &mut Vec<(IndexEntry, LaneKey)>) -> io::Result<()> {
         let Some(mut entry) = recover::index_entry(frame) else { return Ok(()) };
         let place = (entry.seq - first_seq(mark.segment)) as usize;
-        if mark.settled.get(place / 64).is_none_or(|word| word >> (place % 64) & 1 == 1) {
+        if !mark.waits(place) {
             return Ok(());
         }
         entry.offset = (self.written + self.buffer.len() as u64) as u32;

@@ -67,6 +67,8 @@ struct Active {
     slot: u16,
     number: u64,
     file: Arc<File>,
+    /// Where its second record begins.
+    begin: u32,
     len: u32,
     synced: u32,
     events: u32,
@@ -122,11 +124,6 @@ impl Writer {
         self.previous
     }
 
-    /// The file that is being written.
-    pub(super) fn active_file(&self) -> Option<Arc<File>> {
-        self.active.as_ref().map(|active| Arc::clone(&active.file))
-    }
-
     /// Whether the next group belongs into a new segment.
     pub(super) fn wants_roll(&self, events: usize) -> bool {
         self.active
@@ -162,7 +159,12 @@ impl Writer {
             if active.file.write_all_at(&self.buffer, u64::from(active.len)).is_ok() {
                 active.len += self.buffer.len() as u32;
             }
-            active.file.sync_data()?;
+            if let Err(error) = active.file.sync_data() {
+                // What was noted behind the last group may be gone though the next sync would say that all is well.
+                let (number, end) = (active.number, active.synced.max(active.begin));
+                self.give_up(number, end);
+                return Err(error);
+            }
             active.file.set_len(u64::from(active.len))?;
             self.previous = Some((active.number, active.len));
         }
@@ -178,7 +180,8 @@ impl Writer {
         file.write_all_at(&self.buffer, 0)?;
         let file = Arc::new(file);
         segments.add(slot, SegmentFile { number, generation: 0, file: Arc::clone(&file) });
-        self.active = Some(Active { slot, number, file, len: self.buffer.len() as u32, synced: 0, events: 0 });
+        let begin = self.buffer.len() as u32;
+        self.active = Some(Active { slot, number, file, begin, len: begin, synced: 0, events: 0 });
         self.next_number = number + 1;
         Ok(Begun { slot, segment: number })
     }
@@ -242,7 +245,11 @@ impl Writer {
 
     /// Gives a segment up whose sync failed: its page cache is not to be trusted, so it ends before the group.
     pub(super) fn abandon(&mut self, written: &Written) {
-        if let Some(active) = self.active.take_if(|active| active.number == written.end.segment) {
+        self.give_up(written.end.segment, written.start);
+    }
+
+    fn give_up(&mut self, segment: u64, end: u32) {
+        if let Some(active) = self.active.take_if(|active| active.number == segment) {
             // What was noted since the last sync, within the group or behind it, is noted again: twice does no harm.
             let mut noted = Vec::new();
             let keep = |frame: &segment::Frame| {
@@ -255,9 +262,9 @@ impl Writer {
             }
             noted.append(&mut self.owed);
             self.owed = noted;
-            self.previous = Some((active.number, written.start));
+            self.previous = Some((active.number, end));
             // Cut for the next reader; the next segment says the same.
-            drop(active.file.set_len(u64::from(written.start)));
+            drop(active.file.set_len(u64::from(end)));
         }
     }
 

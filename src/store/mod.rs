@@ -287,7 +287,11 @@ impl Store {
     /// notices.
     pub fn end(&self, threads: Threads) {
         self.close();
-        self.inner.is_ending.store(true, Ordering::SeqCst);
+        {
+            // Under its lock: the journal's thread has either seen it or is waiting already.
+            let _admission = lock(&self.inner.admission);
+            self.inner.is_ending.store(true, Ordering::SeqCst);
+        }
         self.inner.work.notify_all();
         self.inner.durable_moved.notify_all();
         for thread in threads.threads {

@@ -9,6 +9,21 @@ use tokio::sync::mpsc;
 use super::admission::Request;
 use super::journal::{self, Begun, Writer};
 use super::{Answers, Inner, Item, Notice, Refusal, disk, lock};
+use crate::domain::backlog::PLACES_MAX;
+
+/// Most records of a group, unless one request has more: many more fit into a segment.
+const GROUP_RECORDS_MAX: usize = PLACES_MAX / 4;
+
+/// How many of the requests that wait make a group, by how many records each has.
+fn group_len(records: impl Iterator<Item = usize>) -> usize {
+    let mut sum = 0;
+    let fits = |records: &usize| {
+        let is_first = sum == 0;
+        sum += (*records).max(1);
+        is_first || sum <= GROUP_RECORDS_MAX
+    };
+    records.take_while(fits).count()
+}
 
 impl Inner {
     pub(super) fn note(&self, bodies: Vec<Vec<u8>>) {
@@ -37,7 +52,9 @@ impl Inner {
                     admission = self.work.wait(admission).unwrap_or_else(PoisonError::into_inner);
                 }
                 admission.is_writer_idle = false;
-                std::mem::take(&mut admission.pending)
+                let group = group_len(admission.pending.iter().map(|request| request.staged.len()));
+                let rest = admission.pending.split_off(group);
+                std::mem::replace(&mut admission.pending, rest)
             };
             if requests.is_empty() {
                 break;
@@ -129,5 +146,21 @@ impl Inner {
             // The relay has ended: what it was not told is found at the next start.
             answers.send();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A group goes into one segment, whatever came while the disk took its time.
+    #[test]
+    fn a_group_has_room_in_a_segment() {
+        assert_eq!(group_len([].into_iter()), 0);
+        assert_eq!(group_len([0, 0, 5].into_iter()), 3);
+        assert_eq!(group_len([GROUP_RECORDS_MAX + 1, 1].into_iter()), 1);
+        let many = std::iter::repeat_n(1_000, 1_024);
+        assert_eq!(group_len(many.clone()), GROUP_RECORDS_MAX / 1_000);
+        assert!(many.count() * 1_000 > PLACES_MAX);
     }
 }

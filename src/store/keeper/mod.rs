@@ -47,6 +47,8 @@ pub(super) struct Keeper<'a> {
     /// The state log of the last checkpoint; 0 before the first.
     log_before: u64,
     copying: Copying,
+    /// Segments that hold damage.
+    uncompactable: HashSet<u64>,
 }
 
 impl<'a> Keeper<'a> {
@@ -60,6 +62,7 @@ impl<'a> Keeper<'a> {
             swept: 0,
             log_before: 0,
             copying: Copying::default(),
+            uncompactable: HashSet::new(),
         }
     }
 
@@ -221,19 +224,14 @@ impl<'a> Keeper<'a> {
         }
     }
 
-    /// In this order, so that neither sled nor an unlink can get ahead of the journal: sync the journal; the queue's rows
-    /// and the state log; the checkpoint file; only then remove what it frees.
+    /// In this order, so that neither sled nor an unlink can get ahead of the journal: what the relay has heard of, which is
+    /// on stable storage; the queue's rows and the state log; the checkpoint file; only then remove what it frees. The
+    /// journal is never synced here: an error would be told to this thread alone, and the writer's next sync succeed.
     fn checkpoint(&mut self) -> Result<(), QueueError> {
         let inner = self.inner;
         let (Some(queue), Some(applier)) = (inner.queue(), self.applier.as_mut()) else { return Ok(()) };
         let Some(snapshot) = ask_snapshot(inner) else { return Ok(()) };
-        let end = {
-            let writer = lock(&inner.writer);
-            (writer.end(), writer.active_file())
-        };
-        if let Some(file) = end.1 {
-            file.sync_data()?;
-        }
+        let end = lock(&inner.writer).end();
         if let Err(error) = advance(inner, applier, &queue, snapshot.position) {
             self.give_up(&error);
             return Ok(());
@@ -269,13 +267,13 @@ impl<'a> Keeper<'a> {
             queue: queue.number(),
         };
         checkpoint.write(&inner.settings.dir)?;
-        self.last = end.0;
+        self.last = end;
         self.remove(&queue, &freed)?;
         // What the checkpoint before this one names stays, should this one be damaged.
         StateLog::remove_before(&inner.settings.dir, self.log_before)?;
         self.log_before = checkpoint.state_log;
         self.copying.checkpointed(inner)?;
-        compact::compact(inner, &queue, &snapshot, &freed.iter().copied().collect())?;
+        compact::compact(inner, &queue, &snapshot, &freed.iter().copied().collect(), &mut self.uncompactable)?;
         Ok(())
     }
 
