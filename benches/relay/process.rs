@@ -60,7 +60,11 @@ impl Relay {
             .arg("--config")
             .arg(dir.path().join("config.toml"))
             // As systemd/h5push-relay.service has it.
+            // As the unit sets them.
             .env("MALLOC_ARENA_MAX", "2")
+            .env("MALLOC_MMAP_THRESHOLD_", "262144")
+            .env("MALLOC_TRIM_THRESHOLD_", "4194304")
+            .env("MALLOC_TOP_PAD_", "1048576")
             .stdin(Stdio::null())
             .stderr(std::fs::File::options().create(true).append(true).open(dir.path().join("log")).unwrap())
             .spawn()

@@ -30,6 +30,8 @@ use crate::domain::outcome::{self, Report};
 
 /// How long a connection is kept idle: receivers commonly close them after 60 s or more.
 const IDLE_LIMIT: Duration = Duration::from_secs(30);
+/// Most connections that are kept, over all endpoints: each takes some 40 KB.
+const KEPT_MAX: usize = 1_024;
 /// An answer's body is read up to this, then its connection is dropped.
 const BODY_MAX: usize = 64 << 10;
 /// A connection may take so long to close.
@@ -167,12 +169,12 @@ pub struct Push {
 }
 
 impl Deliverer {
-    /// Trusts the system's certificates and these. At most `idle_max` connections are kept for later pushes, over all
-    /// targets.
+    /// Trusts the system's certificates and these. For later pushes at most as many connections are kept, over all
+    /// targets, as attempts may be in flight, and no more than [`KEPT_MAX`].
     ///
     /// # Errors
     /// A certificate is of no use.
-    pub fn new(extra_ca: &[CertificateDer<'static>], idle_max: u32) -> Result<Deliverer, rustls::Error> {
+    pub fn new(extra_ca: &[CertificateDer<'static>], max_in_flight: u32) -> Result<Deliverer, rustls::Error> {
         let mut roots = rustls::RootCertStore::empty();
         let native = rustls_native_certs::load_native_certs();
         for error in &native.errors {
@@ -189,7 +191,7 @@ impl Deliverer {
             .with_root_certificates(roots)
             .with_no_client_auth();
         let user_agent = HeaderValue::from_static(concat!("h5push-relay/", env!("CARGO_PKG_VERSION")));
-        let idle_places = Arc::new(Semaphore::new(idle_max as usize));
+        let idle_places = Arc::new(Semaphore::new(KEPT_MAX.min(max_in_flight as usize)));
         Ok(Deliverer { tls: Arc::new(tls), resolver: Arc::new(Resolver::system()), user_agent, idle_places })
     }
 

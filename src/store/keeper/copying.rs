@@ -16,6 +16,8 @@ const COPY_ROWS: usize = 500;
 const COPY_RATIO: f64 = 2.0;
 /// How much larger than its rows a file of sled's is when it has just been written, until a copy has shown it.
 const OVERHEAD: f64 = 2.0;
+/// No copy is begun while from one look to the next, a second later, less than this share of the rows is left.
+const SHRINKING: f64 = 0.99;
 /// How long no copy is begun after one that failed.
 const COPY_AGAIN: Duration = Duration::from_secs(600);
 
@@ -29,11 +31,13 @@ pub(super) struct Copying {
     overhead: f64,
     /// After one that failed.
     not_before: Duration,
+    /// Bytes of the rows when they were looked at last.
+    rows_before: f64,
 }
 
 impl Default for Copying {
     fn default() -> Copying {
-        Copying { is_on: false, replaced: None, overhead: OVERHEAD, not_before: Duration::ZERO }
+        Copying { is_on: false, replaced: None, overhead: OVERHEAD, not_before: Duration::ZERO, rows_before: 0.0 }
     }
 }
 
@@ -42,11 +46,15 @@ impl Copying {
     pub(super) fn begin(&mut self, inner: &Inner, applier: &Applier) {
         let (Some(queue), None) = (inner.queue(), &self.replaced) else { return };
         let bytes = queue.file_bytes();
+        let rows = row_bytes(inner, applier);
+        // Most of what would be copied will soon be gone, and its room with it.
+        let is_shrinking = rows < self.rows_before * SHRINKING;
+        self.rows_before = rows;
         let is_large = bytes >= inner.settings.queue_bytes_min;
-        let is_empty = row_bytes(inner, applier) * self.overhead * COPY_RATIO < bytes as f64;
+        let is_empty = rows * self.overhead * COPY_RATIO < bytes as f64;
         let has_room = inner.free_bytes.load(Ordering::Relaxed) > inner.settings.free_min.saturating_add(bytes);
         let is_early = clock::monotonic() < self.not_before;
-        if self.is_on || is_early || !is_large || !is_empty || !has_room {
+        if self.is_on || is_early || is_shrinking || !is_large || !is_empty || !has_room {
             return;
         }
         self.is_on = true;
