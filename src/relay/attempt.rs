@@ -9,10 +9,10 @@ use super::Settings;
 use super::deliverer::{Connection, Deliverer, Push, Seen, Target};
 use crate::clock;
 use crate::domain::endpoint::EndpointName;
-use crate::domain::keys::HashKey;
+use crate::domain::keys::{HashKey, LaneKey};
 use crate::domain::outcome::{AttemptResult, Report, Verdict};
 use crate::domain::push::{self, Composition, PushBounds};
-use crate::store::{Reader, Stored};
+use crate::store::{Accepted, Reader, Stored};
 
 /// Whether an attempt has begun to send. A withdrawal that comes before stops it; one that comes after does not.
 #[derive(Debug, Default)]
@@ -45,6 +45,7 @@ pub(super) struct Place {
 #[derive(Debug)]
 pub(super) struct Job {
     pub lane: u32,
+    pub key: Option<LaneKey>,
     pub endpoint: EndpointName,
     pub events: Vec<Place>,
     pub is_fixed: bool,
@@ -150,7 +151,8 @@ impl Job {
     /// Puts as many events as go together into one body; also their ids, where attempts are logged. `None`: not even the
     /// first can be read.
     fn compose(&self, stored: &[Stored], done: &mut Done) -> Option<(Push, String)> {
-        let first = stored.first()?.event()?;
+        let is_own = |event: &Accepted<'_>| Some(event.lane) == self.key;
+        let first = stored.first()?.event().filter(is_own)?;
         // What was sent before goes together again, whatever the bounds are now.
         let unbounded = PushBounds { messages_max: u32::MAX, bytes_max: usize::MAX };
         let bounds = if self.is_fixed { unbounded } else { self.settings.bounds };
@@ -159,7 +161,7 @@ impl Job {
         let mut seqs = Vec::new();
         let mut event_ids = Vec::new();
         for stored in stored {
-            let Some(event) = stored.event() else { break };
+            let Some(event) = stored.event().filter(is_own) else { break };
             let is_same = event.plugin == first.plugin && event.web_token == first.web_token;
             let is_alone = is_survey && !seqs.is_empty();
             if !is_same || is_alone || !composition.take(event.count, event.messages, bounds) {

@@ -167,8 +167,8 @@ impl Relay {
             Ok(done) => done.into_iter().for_each(|buried| self.take_burial(buried)),
             Err(error) => tracing::error!(%error, "burials ended without a report"),
         }
-        for (customer, withdrawn) in std::mem::take(&mut self.withdrawing) {
-            self.withdraw(customer, withdrawn);
+        for withdrawing in std::mem::take(&mut self.withdrawing) {
+            self.withdraw(withdrawing);
         }
     }
 

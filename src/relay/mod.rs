@@ -36,6 +36,9 @@ use crate::store::{Compacted, Ending, Item, Note, Notice, Position, Snapshot, St
 
 /// Notices and reports taken at once.
 const BATCH: usize = 256;
+/// Attempts started at once. In between come those under way, so that no more of them wait for a busy processor than
+/// for receivers: each takes some 40 KB.
+const STARTS: usize = 32;
 /// Notices that may wait for the relay.
 pub const NOTICES_MAX: usize = 1_024;
 /// Questions that may wait for the relay.
@@ -56,6 +59,16 @@ pub struct Settings {
     pub logs_attempts: bool,
 }
 
+/// A customer whose events are being withdrawn.
+#[derive(Debug)]
+struct Withdrawing {
+    customer: WithdrawCustomer,
+    /// Events so far.
+    withdrawn: u64,
+    /// Sequence number of the last that is meant.
+    until: u64,
+}
+
 /// The relay's task.
 #[derive(Debug)]
 pub struct Relay {
@@ -73,8 +86,8 @@ pub struct Relay {
     bury_not_before: u64,
     /// How often a lane's burial could not read its events.
     unread: HashMap<LaneId, u32>,
-    /// Withdrawals that wait for a burial to end, with how many events were withdrawn so far.
-    withdrawing: Vec<(WithdrawCustomer, u64)>,
+    /// Withdrawals that wait for a burial to end.
+    withdrawing: Vec<Withdrawing>,
     /// Lanes whose last connection broke.
     broken: HashSet<LaneId>,
     notes: Vec<Note>,
@@ -160,7 +173,11 @@ impl Relay {
     pub async fn run(mut self, mut notices: mpsc::Receiver<Notice>, mut commands: mpsc::Receiver<Command>) {
         let mut batch = Vec::with_capacity(BATCH);
         loop {
-            self.start_due();
+            let is_more_due = self.start_due();
+            if is_more_due {
+                // What is under way goes first.
+                tokio::task::yield_now().await;
+            }
             let wake = self.wake_at();
             tokio::select! {
                 heard = notices.recv_many(&mut batch, BATCH) => {
@@ -180,6 +197,7 @@ impl Relay {
                 Some(buried) = self.burying.join_next() => self.take_burials(buried),
                 Some(command) = commands.recv() => self.answer(command),
                 () = sleep_until(wake) => {}
+                () = std::future::ready(()), if is_more_due => {}
             }
             self.write_notes();
             self.answer_buried();
@@ -195,7 +213,7 @@ impl Relay {
 
     fn wake_at(&self) -> Option<u64> {
         let reap = Some(self.reap_at).filter(|at| *at > 0);
-        let bury = Some(self.bury_not_before).filter(|at| *at > 0);
+        let bury = Some(self.bury_not_before).filter(|at| *at > 0 && !self.is_draining);
         let due = if self.is_draining { None } else { self.schedule.wake_at() };
         [due, reap, bury].into_iter().flatten().min()
     }
@@ -224,7 +242,9 @@ impl Relay {
                                 None => tracing::error!(slot = event.slot, "an event in no segment"),
                             }
                         }
-                        Item::Withdraw(customer) => self.withdraw(customer, 0),
+                        Item::Withdraw(customer) => {
+                            self.withdraw(Withdrawing { customer, withdrawn: 0, until: u64::MAX });
+                        }
                     }
                 }
                 self.heard = end;
@@ -247,18 +267,19 @@ impl Relay {
     }
 
     /// Withdraws what waits of a customer, and answers when that is durable; where some are being made dead letters, when
-    /// that has ended too. `withdrawn`: events so far.
-    fn withdraw(&mut self, customer: WithdrawCustomer, mut withdrawn: u64) {
-        let mut is_burying = false;
+    /// that has ended too.
+    fn withdraw(&mut self, Withdrawing { customer, mut withdrawn, until }: Withdrawing) {
+        let mut burying_until = None;
         let hashing = self.store.hashing();
         for (endpoint, lane) in hashing.lanes(customer.plugin, &customer.web_token) {
             let id = self.schedule.lane_id(lane);
-            let found = self.schedule.withdraw(lane);
+            let found = self.schedule.withdraw(lane, until, clock::micros());
             if let Some(id) = id {
                 self.lane_errors.remove(&id);
+                self.unread.remove(&id);
                 self.count_buried(id, 0);
             }
-            is_burying |= found.is_burying;
+            burying_until = burying_until.max(found.burying_until);
             if found.events.is_empty() && !found.had_retry {
                 continue;
             }
@@ -275,8 +296,9 @@ impl Relay {
             self.notes.push(Note::Settled { lane, ending: Ending::Withdrawn, retry_is_over: found.had_retry, seqs });
         }
         self.write_notes();
-        if is_burying {
-            return self.withdrawing.push((customer, withdrawn));
+        if let Some(until) = burying_until {
+            // What comes meanwhile may be wanted again.
+            return self.withdrawing.push(Withdrawing { customer, withdrawn, until });
         }
         let synced = self.store.sync();
         tokio::spawn(async move {
@@ -302,18 +324,24 @@ impl Relay {
 
     // ---- what is due ----
 
-    fn start_due(&mut self) {
+    /// Starts what is due, a batch at most. Says whether it stopped at that.
+    fn start_due(&mut self) -> bool {
         if self.is_draining {
-            return;
+            return false;
         }
         let now = clock::micros();
-        while let Some(start) = self.schedule.next(now) {
+        let mut started = 0;
+        while started < STARTS
+            && let Some(start) = self.schedule.next(now)
+        {
             self.start(start);
+            started += 1;
         }
         if self.burying.is_empty() && self.bury_not_before <= now {
             self.bury_not_before = 0;
             self.bury_next();
         }
+        started == STARTS
     }
 
     fn start(&mut self, start: Start) {
@@ -327,6 +355,7 @@ impl Relay {
         self.flights.insert(start.lane, Arc::clone(&flight));
         let job = Job {
             lane: start.lane,
+            key: self.schedule.lane_key(start.lane),
             endpoint: start.endpoint,
             events,
             is_fixed: start.is_fixed,

@@ -82,7 +82,7 @@ impl Relay {
         self.metrics.withdrawn.inc_by(u64::from(outcome.withdrawn_late));
         if !outcome.delivered_late.is_empty() {
             // Recorded as withdrawn before: whoever asks for such an event is told that it was pushed.
-            let seqs = self.seqs(&outcome.delivered_late);
+            let seqs = outcome.delivered_late;
             self.notes.push(Note::Settled { lane: key, ending: Ending::Delivered, retry_is_over: false, seqs });
         }
         if let Some(wait) = outcome.held {

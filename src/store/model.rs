@@ -295,7 +295,7 @@ impl Play {
         let store = self.store();
         let lane = self.rng.usize(0..LANES);
         let key = Self::lane(&store, lane);
-        let withdrawn = self.schedule.withdraw(key);
+        let withdrawn = self.schedule.withdraw(key, u64::MAX, 0);
         let seqs: Vec<u64> = withdrawn.events.iter().map(|event| self.schedule.backlog.seq(*event)).collect();
         store.uncount(EndpointName::DEFAULT, seqs.len() as u64);
         let retry_is_over = withdrawn.had_retry;

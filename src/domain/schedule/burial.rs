@@ -35,6 +35,8 @@ pub(super) struct Burying {
     /// How many of those are in a [`Burial`] that was handed out.
     pub handed: u32,
     pub reason: DeathReason,
+    /// How many are to be given up afterwards, as an operator said.
+    pub then: u32,
 }
 
 impl Schedule {
@@ -52,11 +54,11 @@ impl Schedule {
                 count
             }
             State::Flying => match self.flights.get_mut(&lane_id) {
-                Some(flight) if !flight.is_withdrawn => {
+                Some(flight) => {
                     flight.bury = flight.bury.max(count);
                     count
                 }
-                Some(_) | None => 0,
+                None => 0,
             },
         }
     }
@@ -98,9 +100,15 @@ impl Schedule {
         for event in self.pop(burial.lane, count) {
             self.backlog.settle(event);
         }
-        let left = self.burying.remove(&burial.lane).map_or(0, |burying| burying.left.saturating_sub(count));
+        let (left, then) = self
+            .burying
+            .remove(&burial.lane)
+            .map_or((0, 0), |burying| (burying.left.saturating_sub(count), burying.then));
         if left > 0 {
-            return self.queue_burying(burial.lane, left, burial.reason);
+            return self.queue_burying(burial.lane, left, burial.reason, then);
+        }
+        if then > 0 {
+            return self.begin_burying(burial.lane, then, DeathReason::Buried);
         }
         let after = self.lanes.retry(burial.lane).and_then(|retry| after_singles(retry, count, 0));
         self.lanes.set_retry(burial.lane, after);
@@ -114,13 +122,13 @@ impl Schedule {
     /// A burial that could not be done now: to be asked for again.
     pub fn not_buried(&mut self, burial: &Burial) {
         if let Some(burying) = self.burying.remove(&burial.lane) {
-            self.queue_burying(burial.lane, burying.left, burial.reason);
+            self.queue_burying(burial.lane, burying.left, burial.reason, burying.then);
         }
     }
 
-    fn queue_burying(&mut self, lane_id: LaneId, left: u32, reason: DeathReason) {
+    fn queue_burying(&mut self, lane_id: LaneId, left: u32, reason: DeathReason, then: u32) {
         let Some(id) = self.lanes.get(lane_id).map(|lane| lane.endpoint) else { return };
-        self.burying.insert(lane_id, Burying { left, handed: 0, reason });
+        self.burying.insert(lane_id, Burying { left, handed: 0, reason, then });
         let Some(endpoint) = self.endpoint_mut(id) else { return };
         let is_first = endpoint.to_bury.is_empty();
         endpoint.to_bury.push_back(lane_id);
@@ -133,7 +141,7 @@ impl Schedule {
         if let Some(lane) = self.lanes.get_mut(lane_id) {
             lane.state = State::Burying;
             let left = count.min(lane.len);
-            self.queue_burying(lane_id, left, reason);
+            self.queue_burying(lane_id, left, reason, 0);
         }
     }
 

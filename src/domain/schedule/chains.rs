@@ -16,34 +16,46 @@ pub struct Withdrawn {
     pub in_flight: u32,
     /// Whether the lane had failed: what was recorded of that is over.
     pub had_retry: bool,
-    /// Whether some are being made dead letters just now: to be asked for again when that has ended.
-    pub is_burying: bool,
+    /// When some are being made dead letters just now: the sequence number of the last of them. To be asked for again,
+    /// up to that, when it has ended.
+    pub burying_until: Option<u64>,
 }
 
 impl Schedule {
     /// Withdraws all that waits in a lane, also what is to be given up, but for a [`Burial`](super::Burial) that was handed
-    /// out. What is in flight is settled too, so that a failure is not repeated.
-    pub fn withdraw(&mut self, key: LaneKey) -> Withdrawn {
+    /// out. What is in flight is settled too, so that a failure is not repeated; it leaves the lane at once, because its
+    /// segment may be gone before the report comes.
+    /// Events with a sequence number above `until` stay.
+    pub fn withdraw(&mut self, key: LaneKey, until: u64, now: u64) -> Withdrawn {
         let Some(lane_id) = self.lanes.find(key) else { return Withdrawn::default() };
         let Some(lane) = self.lanes.get(lane_id).copied() else { return Withdrawn::default() };
+        let later: Vec<Handle> =
+            self.walk(lane.head, lane.len).filter(|event| self.backlog.seq(*event) > until).collect();
+        if later.len() == lane.len as usize {
+            return Withdrawn::default();
+        }
         let mut withdrawn = Withdrawn { had_retry: self.lanes.retry(lane_id).is_some(), ..Withdrawn::default() };
         let mut keep = 0;
         if let Some(burying) = self.burying.get_mut(&lane_id) {
             keep = burying.handed;
             burying.left = keep;
-            withdrawn.is_burying = keep > 0;
+            burying.then = 0;
             if keep == 0 {
                 self.burying.remove(&lane_id);
             }
-        } else if let Some(flight) = self.flights.get_mut(&lane_id) {
-            keep = flight.offered;
-            if !flight.is_withdrawn {
-                flight.is_withdrawn = true;
-                withdrawn.in_flight = flight.offered;
-                withdrawn.events = self.chain(lane.head, keep);
+            withdrawn.burying_until = self.chain(lane.head, keep).last().map(|event| self.backlog.seq(*event));
+        } else if self.flights.get(&lane_id).is_some_and(|flight| flight.withdrawn.is_none()) {
+            let offered = self.flights.get(&lane_id).map_or(0, |flight| flight.offered);
+            let seqs = self.walk(lane.head, offered).map(|event| self.backlog.seq(event)).collect();
+            withdrawn.in_flight = offered;
+            if let Some(flight) = self.flights.get_mut(&lane_id) {
+                flight.withdrawn = Some(seqs);
             }
         }
-        withdrawn.events.extend(self.cut(lane_id, keep));
+        if let Some(flight) = self.flights.get_mut(&lane_id) {
+            flight.bury = 0;
+        }
+        withdrawn.events = self.cut(lane_id, keep, &later);
         self.uncount(lane.endpoint, &withdrawn.events);
         for event in &withdrawn.events {
             self.backlog.settle(*event);
@@ -51,7 +63,7 @@ impl Schedule {
         if keep == 0 {
             self.lanes.set_retry(lane_id, None);
             if matches!(lane.state, State::Waiting | State::Burying) {
-                self.lanes.release(lane_id);
+                self.make_ready(lane_id, now);
             }
         }
         withdrawn
@@ -76,7 +88,6 @@ impl Schedule {
             if self.backlog.is_settled(old) {
                 self.backlog.settle(new);
             }
-            // Also of settled ones: a flight that was withdrawn still holds its events.
             moved.insert(old, new);
             lanes.push(*lane);
         }
@@ -160,11 +171,12 @@ impl Schedule {
         events
     }
 
-    /// Takes all but the first `keep` events off a lane.
-    pub(super) fn cut(&mut self, lane_id: LaneId, keep: u32) -> Vec<Handle> {
+    /// Takes all but the first `keep` events, and the last ones, `later`, off a lane.
+    fn cut(&mut self, lane_id: LaneId, keep: u32, later: &[Handle]) -> Vec<Handle> {
         let Some(lane) = self.lanes.get(lane_id).copied() else { return Vec::new() };
-        let mut kept = self.chain(lane.head, lane.len);
+        let mut kept = self.chain(lane.head, lane.len - later.len() as u32);
         let rest = kept.split_off((keep as usize).min(kept.len()));
+        kept.extend_from_slice(later);
         self.relink(lane_id, &kept);
         rest
     }

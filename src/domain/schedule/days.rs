@@ -79,7 +79,7 @@ impl Days {
             if self.rng.bool() { self.rng.u64(0..1_000) } else { 10_000 * (day + 1) + self.rng.u64(0..2_000) };
         let key = LaneKey(customer.wrapping_mul(0x9e37_79b9_7f4a_7c15));
         if self.rng.u8(0..50) == 0 {
-            self.ended += self.schedule.withdraw(key).events.len() as u64;
+            self.ended += self.schedule.withdraw(key, u64::MAX, self.now).events.len() as u64;
         }
         let second = (self.now / SECOND) as u32;
         let handle = self.schedule.backlog.append(self.slot, None, self.in_segment * 100, second, 100).unwrap();

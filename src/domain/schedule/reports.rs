@@ -27,8 +27,9 @@ pub struct Outcome {
     pub lane: Option<LaneKey>,
     /// Events that are delivered and settled now.
     pub delivered: Vec<Handle>,
-    /// Events delivered although they were withdrawn in flight; settled before.
-    pub delivered_late: Vec<Handle>,
+    /// Sequence numbers of events delivered although they were withdrawn in flight; settled before, and perhaps in no
+    /// segment any more.
+    pub delivered_late: Vec<u64>,
     /// Events withdrawn in flight that were not delivered; settled before.
     pub withdrawn_late: u32,
     /// What the lane's head waits with now.
@@ -76,13 +77,11 @@ impl Schedule {
         let held = Some(held_until(self)).filter(|until| *until > before.max(moment.now));
         outcome.held = held.map(|until| Duration::from_micros(until - moment.now));
         let retry = self.lanes.retry(lane_id).copied();
-        if flight.is_withdrawn {
+        if let Some(seqs) = &flight.withdrawn {
             // Settled and uncounted already, when they were withdrawn.
-            outcome.delivered_late = self.unlink(lane_id, flight.offered);
-            outcome.delivered_late.truncate(if verdict == Verdict::Delivered { taken as usize } else { 0 });
-            outcome.withdrawn_late = flight.offered - outcome.delivered_late.len() as u32;
-            outcome.retry_is_over = retry.is_some();
-            self.lanes.set_retry(lane_id, None);
+            let delivered = if verdict == Verdict::Delivered { taken as usize } else { 0 };
+            outcome.delivered_late = seqs.iter().copied().take(delivered).collect();
+            outcome.withdrawn_late = (seqs.len() - outcome.delivered_late.len()) as u32;
             self.make_ready(lane_id, moment.now);
         } else {
             match verdict {
@@ -107,9 +106,13 @@ impl Schedule {
                 }
             }
         }
-        if flight.bury > 0 && !flight.is_withdrawn {
+        if flight.bury > 0 {
             let left = flight.bury.saturating_sub(outcome.delivered.len() as u32);
             let is_waiting = |lane: &Lane| matches!(lane.state, State::Ready | State::Waiting);
+            // The attempt itself gave some up: the others go after them.
+            if let Some(burying) = self.burying.get_mut(&lane_id) {
+                burying.then = left.saturating_sub(burying.left);
+            }
             if left > 0 && self.lanes.get(lane_id).is_some_and(is_waiting) {
                 outcome.deferred = None;
                 outcome.retry_is_over = true;

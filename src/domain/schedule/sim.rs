@@ -82,7 +82,7 @@ pub(super) struct Sim {
     /// (when it is done, what) of burials that were handed out.
     pub(super) burials: Vec<(u64, Burial)>,
     /// Lanes to be withdrawn again when their burial is done, and the events that must never start any more.
-    pub(super) withdraw_again: HashMap<usize, Vec<usize>>,
+    pub(super) withdraw_again: HashMap<usize, (Vec<usize>, u64)>,
     pub(super) is_healed: bool,
     pub(super) slot: u16,
 }
@@ -179,11 +179,11 @@ impl Sim {
 
     fn withdraw(&mut self) {
         let lane = self.rng.usize(0..self.lanes);
-        self.withdraw_lane(lane);
+        self.withdraw_lane(lane, u64::MAX);
     }
 
-    pub(super) fn withdraw_lane(&mut self, lane: usize) {
-        let withdrawn = self.schedule.withdraw(Self::key(lane));
+    pub(super) fn withdraw_lane(&mut self, lane: usize, until: u64) {
+        let withdrawn = self.schedule.withdraw(Self::key(lane), until, self.now);
         for handle in withdrawn.events {
             let event = self.by_handle[&handle];
             assert_eq!(self.events[event].fate, Fate::Waiting);
@@ -194,12 +194,12 @@ impl Sim {
         }
         self.recorded.remove(&lane);
         self.due.remove(&lane);
-        if withdrawn.is_burying {
+        if let Some(until) = withdrawn.burying_until {
             let left = self.waiting_in(lane);
             let burial =
                 self.burials.iter().find(|(_, burial)| self.events[self.by_handle[&burial.events[0]]].lane == lane);
             assert_eq!(left.len(), burial.unwrap().1.events.len(), "all but what was handed out");
-            self.withdraw_again.insert(lane, left);
+            self.withdraw_again.insert(lane, (left, until));
         }
     }
 

@@ -19,7 +19,7 @@ impl Sim {
             assert_eq!(offered, waiting[..offered.len()], "not the first of the lane, in order");
             let withdrawn = self.withdraw_again.get(&lane);
             assert!(
-                withdrawn.is_none_or(|events| events.iter().all(|event| !offered.contains(event))),
+                withdrawn.is_none_or(|(events, _)| events.iter().all(|event| !offered.contains(event))),
                 "was withdrawn"
             );
             assert!(self.due.remove(&lane).is_none_or(|due| due <= self.now), "before it was due");
@@ -81,9 +81,11 @@ impl Sim {
             }
             self.schedule.buried(&burial, self.now);
         }
-        if self.withdraw_again.remove(&lane).is_some() {
-            self.withdraw_lane(lane);
+        if let Some((meant, until)) = self.withdraw_again.remove(&lane) {
+            let later: Vec<usize> = self.waiting_in(lane).into_iter().filter(|event| !meant.contains(event)).collect();
+            self.withdraw_lane(lane, until);
             assert!(!self.withdraw_again.contains_key(&lane));
+            assert_eq!(self.waiting_in(lane), later, "what was meant, and no more");
         }
     }
 

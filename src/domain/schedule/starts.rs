@@ -31,8 +31,9 @@ pub(super) struct Flight {
     /// How many of the lane's first events are to be given up afterwards.
     pub(super) bury: u32,
     pub(super) is_probe: bool,
-    /// The customer was toggled off or forgotten meanwhile.
-    pub(super) is_withdrawn: bool,
+    /// The events' sequence numbers, when the customer was toggled off or forgotten meanwhile: they are in no lane any
+    /// more.
+    pub(super) withdrawn: Option<Vec<u64>>,
     pub(super) mark: u64,
 }
 
@@ -189,7 +190,7 @@ impl Schedule {
         if let Some(lane) = self.lanes.get_mut(lane_id) {
             lane.state = State::Flying;
         }
-        let flight = Flight { offered: events.len() as u32, bury: 0, is_probe, is_withdrawn: false, mark };
+        let flight = Flight { offered: events.len() as u32, bury: 0, is_probe, withdrawn: None, mark };
         self.flights.insert(lane_id, flight);
         Some(Start { lane: lane_id, endpoint: name, events, is_fixed: retry.fixed > 0, attempt: retry.tries + 1 })
     }

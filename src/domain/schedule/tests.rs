@@ -125,6 +125,46 @@ fn a_journal_that_cannot_be_read_just_now_changes_nothing_of_a_push_but_when_it_
 }
 
 #[test]
+fn events_withdrawn_in_flight_may_lose_their_segment_before_the_report() {
+    for verdict in [Verdict::Delivered, FAILED, Verdict::Again, Verdict::Gone] {
+        let mut schedule = one_endpoint(settings(), limits());
+        let events: Vec<Handle> = (0..2).map(|_| append(&mut schedule, 1, 0, 0, 0)).collect();
+        let start = schedule.next(0).unwrap();
+        assert_eq!(start.events, events);
+        let withdrawn = schedule.withdraw(LaneKey(1), u64::MAX, 0);
+        assert_eq!((withdrawn.events, withdrawn.in_flight), (events, 2));
+        schedule.backlog.seal(0);
+        schedule.backlog.open(1, 1);
+        schedule.backlog.close(0);
+        let later = schedule.backlog.append(1, None, 0, 0, 100).unwrap();
+        schedule.appended(later, LaneKey(1), name(0), 0);
+        assert!(schedule.next(0).is_none(), "one attempt of a lane at a time");
+        let outcome = schedule.reported(start.lane, 2, verdict, at(0));
+        let late: &[u64] = if verdict == Verdict::Delivered { &[0, 1] } else { &[] };
+        assert_eq!((outcome.delivered_late.as_slice(), outcome.withdrawn_late), (late, 2 - late.len() as u32));
+        assert!(outcome.delivered.is_empty() && outcome.deferred.is_none());
+        assert!(schedule.next_bury().is_none());
+        assert_eq!(schedule.next(0).unwrap().events, [later], "{verdict:?}");
+    }
+}
+
+#[test]
+fn what_an_operator_gives_up_in_flight_is_given_up_also_when_the_attempt_gives_its_own_up() {
+    let mut schedule = one_endpoint(settings(), limits());
+    let events: Vec<Handle> = (0..3).map(|_| append(&mut schedule, 1, 0, 0, 0)).collect();
+    let start = schedule.next(0).unwrap();
+    assert_eq!(schedule.bury(start.lane, false), 3);
+    schedule.reported(start.lane, 1, Verdict::Gone, at(0));
+    let mut buried = Vec::new();
+    while let Some(burial) = schedule.next_bury() {
+        schedule.buried(&burial, 0);
+        buried.push((burial.events, burial.reason));
+    }
+    assert_eq!(buried, [(events[..1].to_vec(), DeathReason::Gone), (events[1..].to_vec(), DeathReason::Buried)]);
+    assert!(!schedule.is_burying(start.lane) && schedule.next(0).is_none());
+}
+
+#[test]
 fn a_refused_push_is_sent_singly_and_only_the_refused_event_dies() {
     let mut schedule = one_endpoint(settings(), limits());
     let events: Vec<Handle> = (0..3).map(|_| append(&mut schedule, 1, 0, 0, 0)).collect();
