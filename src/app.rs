@@ -313,6 +313,7 @@ fn new_api(
     metrics: Metrics,
     relay: mpsc::Sender<Command>,
 ) -> Api {
+    api::show_routes(&metrics);
     Api {
         store,
         metrics,

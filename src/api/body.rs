@@ -3,10 +3,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
-use http_body_util::{BodyExt as _, LengthLimitError, Limited};
-use hyper::Request;
+use bytes::{Bytes, BytesMut};
+use http_body_util::BodyExt as _;
 use hyper::body::{Body as _, Incoming};
+use hyper::{Request, header};
 use tokio::sync::{OwnedSemaphorePermit, SemaphorePermit};
 
 use super::answer::{ApiError, Code, error};
@@ -18,6 +18,10 @@ const BODY_LIMIT: Duration = Duration::from_secs(10);
 /// Bodies up to this, in bytes, are read without asking for room.
 const SMALL_BODY: usize = 64 << 10;
 
+/// Of a body that is too large so many bytes are read on, and for so long.
+const DISCARD_MAX: usize = 32 << 20;
+const DISCARD_LIMIT: Duration = Duration::from_secs(2);
+
 /// A body, and the part of the memory for bodies that it holds while it is looked at.
 pub(super) struct Body {
     pub bytes: Bytes,
@@ -26,28 +30,81 @@ pub(super) struct Body {
 
 pub(super) async fn read_body(api: &Api, request: Request<Incoming>, bytes_max: usize) -> Result<Body, ApiError> {
     let too_large = || error(Code::TooLarge, format!("body: must be at most {bytes_max} bytes"));
-    let hint = request.body().size_hint();
-    if hint.lower() > bytes_max as u64 {
-        return Err(too_large());
-    }
-    let expected = hint.exact().map_or(bytes_max, |exact| exact as usize);
-    let read = async {
-        let room = u32::try_from(expected / 1_024 + 1).unwrap_or(u32::MAX);
-        // Small ones are bounded by the number of connections: large and slow ones never keep them waiting.
-        let room = match expected {
-            0..=SMALL_BODY => None,
-            _ => Some(Arc::clone(&api.bodies).acquire_many_owned(room).await),
-        };
-        let room = room.transpose().map_err(|_| error(Code::Stopping, "the relay is stopping"))?;
-        #[expect(clippy::disallowed_methods, reason = "the one place that may: bounded in size and time")]
-        match Limited::new(request.into_body(), bytes_max).collect().await {
-            Ok(body) => Ok(Body { bytes: body.to_bytes(), _room: room }),
-            Err(problem) if problem.is::<LengthLimitError>() => Err(too_large()),
-            Err(_) => Err(error(Code::InvalidRequest, "body: broken off")),
+    let is_expecting = request.headers().contains_key(header::EXPECT);
+    let mut body = request.into_body();
+    let hint = body.size_hint();
+    let too_slow = || error(Code::RequestTimeout, format!("body: took longer than {} s", BODY_LIMIT.as_secs()));
+    let read = match hint.exact() {
+        _ if hint.lower() > bytes_max as u64 => Err(too_large()),
+        Some(bytes) => {
+            let read = tokio::time::timeout(BODY_LIMIT, announced(api, &mut body, bytes as usize));
+            read.await.unwrap_or_else(|_| Err(too_slow()))
+        }
+        None => {
+            let read = tokio::time::timeout(BODY_LIMIT, unannounced(api, &mut body, bytes_max));
+            match read.await.unwrap_or_else(|_| Err(too_slow())) {
+                Ok(read) => read.ok_or_else(too_large),
+                Err(error) => Err(error),
+            }
         }
     };
-    let too_slow = || error(Code::RequestTimeout, format!("body: took longer than {} s", BODY_LIMIT.as_secs()));
-    tokio::time::timeout(BODY_LIMIT, read).await.unwrap_or_else(|_| Err(too_slow()))
+    if read.as_ref().is_err_and(|error| error.code == Code::TooLarge) && !is_expecting {
+        discard(&mut body).await;
+    }
+    read
+}
+
+/// A body of so many bytes.
+async fn announced(api: &Api, body: &mut Incoming, bytes: usize) -> Result<Body, ApiError> {
+    // Small ones are bounded by the number of connections: large and slow ones never keep them waiting.
+    let room = if bytes > SMALL_BODY { Some(room(api, bytes).await?) } else { None };
+    #[expect(clippy::disallowed_methods, reason = "hyper reads no more than was announced; time is bounded above")]
+    let read = body.collect().await.map_err(|_| broken_off())?;
+    Ok(Body { bytes: read.to_bytes(), _room: room })
+}
+
+/// A body whose size is known when it is there; `None`: it is too large.
+async fn unannounced(api: &Api, body: &mut Incoming, bytes_max: usize) -> Result<Option<Body>, ApiError> {
+    let mut read = BytesMut::new();
+    let mut held = None;
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(|_| broken_off())?;
+        let Some(data) = frame.data_ref() else { continue };
+        let bytes = read.len() + data.len();
+        if bytes > bytes_max {
+            return Ok(None);
+        }
+        // Not before: many that never come to it would keep the large ones out.
+        if bytes > SMALL_BODY && held.is_none() {
+            held = Some(room(api, bytes_max).await?);
+        }
+        read.extend_from_slice(data);
+    }
+    Ok(Some(Body { bytes: read.freeze(), _room: held }))
+}
+
+async fn room(api: &Api, bytes: usize) -> Result<OwnedSemaphorePermit, ApiError> {
+    let kib = u32::try_from(bytes / 1_024 + 1).unwrap_or(u32::MAX);
+    let room = Arc::clone(&api.bodies).acquire_many_owned(kib).await;
+    room.map_err(|_| error(Code::Stopping, "the relay is stopping"))
+}
+
+fn broken_off() -> ApiError {
+    error(Code::InvalidRequest, "body: broken off")
+}
+
+/// Reads on for a while: who sends all before looking for an answer would find the connection broken instead.
+async fn discard(body: &mut Incoming) {
+    let mut left = DISCARD_MAX;
+    let rest = async {
+        while let Some(Ok(frame)) = body.frame().await {
+            match left.checked_sub(frame.data_ref().map_or(0, Bytes::len)) {
+                Some(less) => left = less,
+                None => break,
+            }
+        }
+    };
+    drop(tokio::time::timeout(DISCARD_LIMIT, rest).await);
 }
 
 /// Waits until a large request may be worked at. Together they take so much memory at once, and a few of them keep the

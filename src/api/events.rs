@@ -72,8 +72,7 @@ pub(super) async fn post(api: &Api, form: Form, body: &[u8]) -> Result<Answer, A
     let now_ms = clock::wall_ms();
     let posts: Vec<Post<'_>> =
         items.iter().filter_map(|item| item.as_ref().ok()).map(|named| prepare(api, named, now_ms)).collect();
-    let count = posts.len() as u64;
-    let posted = if posts.is_empty() { Vec::new() } else { store(api, posts, now_ms, count).await? };
+    let posted = if posts.is_empty() { Vec::new() } else { store(api, posts, is_one, now_ms).await? };
     let mut posted = posted.into_iter();
     let verdicts: Vec<Verdict> = items
         .iter()
@@ -146,8 +145,9 @@ pub(super) async fn show(api: &Api, event_id: &str, query: &str) -> Result<Answe
     Ok(answer::json(StatusCode::OK, &shown))
 }
 
-async fn store(api: &Api, posts: Vec<Post<'_>>, now_ms: u64, count: u64) -> Result<Vec<Posted>, ApiError> {
-    api.store.post(posts, now_ms).await.map_err(|refusal| {
+async fn store(api: &Api, posts: Vec<Post<'_>>, is_alone: bool, now_ms: u64) -> Result<Vec<Posted>, ApiError> {
+    let count = posts.len() as u64;
+    api.store.post(posts, is_alone, now_ms).await.map_err(|refusal| {
         let error = ApiError::from(refusal);
         api.metrics.count_events(EventOutcome::Refused(error.code.as_str()), count);
         error

@@ -14,6 +14,7 @@ use super::query::{Query, decoded};
 use super::udesk::{self, BodyForm};
 use super::{Api, customers, dead_letters, endpoints, events, h5push, metrics, operate, page, survey};
 use crate::config::Secret;
+use crate::metrics::Metrics;
 
 pub(super) const EVENTS: &str = "/v1/events";
 pub(super) const H5PUSH: &str = "/open_api_v1/im/h5push";
@@ -63,6 +64,19 @@ const ROUTES: [(Route, &str, &str); 18] = [
     (Route::Healthz, "/healthz", "GET, HEAD"),
     (Route::Readyz, "/readyz", "GET, HEAD"),
 ];
+
+/// What a route may answer beside its success.
+const ERRORS: [u16; 9] = [400, 401, 403, 404, 405, 408, 413, 415, 503];
+
+/// Makes the counters of all routes be there from the start (contract §7).
+pub fn show_routes(metrics: &Metrics) {
+    for (route, path, _) in ROUTES {
+        let success = if route == Route::Events { 202 } else { 200 };
+        for code in ERRORS.into_iter().chain([success]) {
+            metrics.show_requests(path, code);
+        }
+    }
+}
 
 impl Route {
     /// The route of a path, and what the path names.
@@ -198,13 +212,16 @@ async fn handle(
         }
         Route::H5push | Route::Survey => {
             let form = body_form(&request)?;
-            let body = read_body(api, request, bytes_max).await?;
-            let answered = match udesk::parameters(&query, form, &body.bytes) {
-                Ok(parameters) if route == Route::Survey => survey::post(api, &parameters).await,
-                Ok(parameters) => h5push::post(api, &parameters, None).await,
-                Err(failure) => Err(failure),
+            let answered = async {
+                let body = read_body(api, request, bytes_max).await.map_err(udesk::unread)?;
+                let parameters = udesk::parameters(&query, form, &body.bytes)?;
+                if route == Route::Survey {
+                    survey::post(api, &parameters).await
+                } else {
+                    h5push::post(api, &parameters, None).await
+                }
             };
-            Ok(answered.unwrap_or_else(udesk::Failure::into_answer))
+            Ok(answered.await.unwrap_or_else(udesk::Failure::into_answer))
         }
     }
 }
@@ -220,10 +237,11 @@ pub(super) fn body_form(request: &Request<Incoming>) -> Result<BodyForm, ApiErro
 }
 
 async fn json_body(api: &Api, request: Request<Incoming>, bytes_max: usize) -> Result<Body, ApiError> {
-    if content_type(request.headers())?.as_deref() != Some("application/json") {
-        return Err(unsupported("application/json"));
+    match content_type(request.headers())?.as_deref() {
+        Some("application/json") => read_body(api, request, bytes_max).await,
+        None if request.body().is_end_stream() => Err(error(Code::InvalidRequest, "body: is required")),
+        _ => Err(unsupported("application/json")),
     }
-    read_body(api, request, bytes_max).await
 }
 
 /// A web page in a browser on this host can do nothing here.

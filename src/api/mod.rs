@@ -27,6 +27,7 @@ use arc_swap::ArcSwap;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
 pub use self::endpoints::{Reloaded, entries};
+pub use self::local::show_routes;
 pub use self::open_api::Callers;
 pub use self::operate::{History, pauses};
 pub use self::server::{

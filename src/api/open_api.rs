@@ -104,8 +104,8 @@ async fn handle(api: &Api, call: Call, request: Request<Incoming>) -> Result<Res
         Ok(signed) => signed,
         Err(failure) => return Ok(Err(failure)),
     };
-    let body = body::read_body(api, request, BODY_MAX).await?;
     let answered = async {
+        let body = body::read_body(api, request, BODY_MAX).await.map_err(udesk::unread)?;
         let account = authorize(api, &config.open_api, signed).await?;
         let parameters = udesk::parameters(&query, form, &body.bytes)?;
         match call {

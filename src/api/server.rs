@@ -3,7 +3,7 @@
 use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -136,13 +136,19 @@ fn bind_tcp(address: SocketAddr) -> io::Result<TcpListener> {
     socket.listen(BACKLOG)
 }
 
+fn is_socket(path: &Path) -> io::Result<bool> {
+    Ok(std::fs::symlink_metadata(path)?.file_type().is_socket())
+}
+
 fn bind_unix(path: &Path, local: &Local) -> io::Result<Bound> {
     // A socket that a crash left behind; one that somebody answers on is in use.
     if path.exists() {
-        if std::os::unix::net::UnixStream::connect(path).is_ok() {
-            return Err(io::ErrorKind::AddrInUse.into());
+        match std::os::unix::net::UnixStream::connect(path) {
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused && is_socket(path)? => {
+                std::fs::remove_file(path)?;
+            }
+            Ok(_) | Err(_) => return Err(io::ErrorKind::AddrInUse.into()),
         }
-        std::fs::remove_file(path)?;
     }
     let listener = UnixListener::bind(path)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(local.socket_mode))?;
@@ -226,7 +232,7 @@ where
                 Err(_) => break,
             },
         };
-        let (handler, shutdown, tls) = (handler.clone(), shutdown.clone(), tls());
+        let (handler, mut shutdown, tls) = (handler.clone(), shutdown.clone(), tls());
         open.spawn(async move {
             match stream {
                 Stream::Tcp(stream) => match tls {
@@ -235,6 +241,7 @@ where
                         let handshake = tokio::select! {
                             handshake = timeout(TLS_LIMIT, tls.accept(stream)) => handshake,
                             () = place.wanted() => return,
+                            () = ending(&mut shutdown) => return,
                         };
                         // A peer that is no TLS client is its own affair.
                         if let Ok(Ok(stream)) = handshake {

@@ -7,7 +7,7 @@ use hyper::StatusCode;
 use serde::Serialize;
 use serde_json::Value;
 
-use super::answer::{self, Answer};
+use super::answer::{self, Answer, ApiError, Code};
 use crate::store::Refusal;
 
 /// Parameters by name. An empty value is an absent one.
@@ -79,6 +79,24 @@ pub(super) fn wrong(message: impl Into<String>) -> Failure {
 
 pub(super) fn missing(name: &str) -> Failure {
     Failure { code: 2_062, message: format!("缺少参数:{name}") }
+}
+
+/// A body that was not read (contract §4: HTTP status 200 and a code).
+pub(super) fn unread(error: ApiError) -> Failure {
+    match error.code {
+        Code::TooLarge | Code::InvalidRequest => wrong("参数错误:请求体过大或不完整"),
+        Code::RequestTimeout => wrong("参数错误:请求体接收超时"),
+        Code::InvalidEvent
+        | Code::Unauthorized
+        | Code::Forbidden
+        | Code::NotFound
+        | Code::MethodNotAllowed(_)
+        | Code::UnsupportedMediaType
+        | Code::OutboxFull
+        | Code::EndpointFull
+        | Code::DiskLow
+        | Code::Stopping => Failure { code: UNAVAILABLE, message: "服务暂时不可用,请稍后重试".to_owned() },
+    }
 }
 
 /// Collects the parameters of query and body. An empty value is an absent one; two that differ are an error.

@@ -46,14 +46,11 @@ impl Client {
         content_type: &'static str,
         body: String,
     ) -> anyhow::Result<(StatusCode, Bytes)> {
-        let host = match &self.listen {
-            Listen::Tcp(address) => address.to_string(),
-            Listen::Unix(_) => "localhost".to_owned(),
-        };
         let mut request = Request::builder()
             .method(method)
             .uri(path)
-            .header(HOST, host)
+            // Whatever it listens on, a loopback name is taken.
+            .header(HOST, "localhost")
             .header(CONTENT_TYPE, content_type)
             .body(Full::new(Bytes::from(body)))?;
         if let Some(token) = &self.token {

@@ -42,11 +42,15 @@ impl Files {
     }
 }
 
-/// Puts systemd's credentials directory in.
+/// Puts systemd's credentials directory in; outside the service, where the unit's is.
 pub(super) fn expand(path: &Path) -> PathBuf {
     const VARIABLE: &str = "$CREDENTIALS_DIRECTORY";
-    match (path.strip_prefix(VARIABLE), std::env::var_os("CREDENTIALS_DIRECTORY")) {
-        (Ok(rest), Some(dir)) => Path::new(&dir).join(rest),
-        _ => path.to_owned(),
+    const OF_THE_UNIT: &str = "/run/credentials/h5push-relay.service";
+    match path.strip_prefix(VARIABLE) {
+        Ok(rest) => {
+            let dir = std::env::var_os("CREDENTIALS_DIRECTORY").unwrap_or_else(|| OF_THE_UNIT.into());
+            Path::new(&dir).join(rest)
+        }
+        Err(_) => path.to_owned(),
     }
 }

@@ -110,6 +110,7 @@ fn what_is_wrong_is_said_with_its_place() {
         ("[local]\nlisten = \"localhost\"", "line 2, column 10", "address"),
         ("[backoff]\nmultiplier = 0.5", "", "at least 1"),
         ("[push]\nallow_http = false\n[endpoints.1]\nurl = \"http://a/\"", "", "not allowed"),
+        ("[log]\nlevel = \"warning\"", "", "log.level"),
         ("nonsense", "line 1", ""),
     ];
     for (text, place, problem) in table {

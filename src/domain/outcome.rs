@@ -147,6 +147,21 @@ impl Report {
         }
     }
 
+    /// The HTTP status that was answered.
+    #[must_use]
+    pub fn status(self) -> Option<u16> {
+        match self {
+            Report::Status { code, .. } => Some(code),
+            Report::SurveyCode(_)
+            | Report::Timeout
+            | Report::Connect
+            | Report::Tls
+            | Report::BlockedAddress
+            | Report::Io
+            | Report::StaleConnection => None,
+        }
+    }
+
     /// The label.
     #[must_use]
     pub fn result(self) -> AttemptResult {

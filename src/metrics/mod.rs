@@ -246,6 +246,11 @@ impl Metrics {
         self.events.with_label_values(&[outcome, reason]).inc_by(count);
     }
 
+    /// Shows a counter of requests on `[local]` before there is one.
+    pub fn show_requests(&self, path: &'static str, code: u16) {
+        self.local_requests.with_label_values(&[path, code.to_string().as_str()]);
+    }
+
     /// Counts a request on `[local]`. `path` is a route, never what was asked for.
     pub fn count_request(&self, path: &'static str, code: u16) {
         if path == EVENTS_PATH && code == 202 {

@@ -113,7 +113,7 @@ impl Job {
                     events = event_ids,
                     attempt = self.attempt,
                     result = report.result().as_str(),
-                    ?report,
+                    status = report.status(),
                     seconds = done.seconds,
                     "attempt"
                 );

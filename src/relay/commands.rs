@@ -257,6 +257,7 @@ impl Relay {
         });
         let push = Push { id: format!("msg_test_{id:032x}"), attempt: 1, body: Bytes::from(body.to_string()) };
         let (deliverer, timeout) = (self.deliverer.clone(), self.settings.timeout);
+        let (logs_attempts, webhook_id) = (self.settings.logs_attempts, push.id.clone());
         let metrics = self.metrics_of(endpoint);
         tokio::spawn(async move {
             let begun = clock::now();
@@ -270,17 +271,12 @@ impl Relay {
             let Some(seen) = seen else { return };
             let result = seen.report.result();
             metrics.attempt(result);
-            let status = match seen.report {
-                Report::Status { code, .. } => Some(code),
-                Report::Timeout
-                | Report::Connect
-                | Report::Tls
-                | Report::BlockedAddress
-                | Report::Io
-                | Report::StaleConnection
-                | Report::SurveyCode(_) => None,
-            };
-            let (result, took, detail) = (result.as_str(), begun.elapsed(), seen.detail);
+            let (status, took, detail) = (seen.report.status(), begun.elapsed(), seen.detail);
+            let result = result.as_str();
+            if logs_attempts {
+                let seconds = took.as_secs_f64();
+                tracing::info!(%endpoint, webhook_id, events = "", attempt = 1, result, status, seconds, "attempt");
+            }
             reply.send(Tested::Made { result, status, took, detail }).ok();
         });
     }

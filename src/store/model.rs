@@ -232,7 +232,7 @@ impl Play {
                 Post { event, key, endpoint: Some((EndpointName::DEFAULT, u64::MAX)), lane, record }
             })
             .collect();
-        let posted = self.wait_for(store.post(posts, 1_000_000)).unwrap();
+        let posted = self.wait_for(store.post(posts, false, 1_000_000)).unwrap();
         assert!(posted.iter().all(|posted| *posted == Posted::Queued));
         for (id, _) in &items {
             (self.tell)(Told::Accepted(id));

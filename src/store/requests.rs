@@ -15,13 +15,14 @@ const ROWS_AGAIN: Duration = Duration::from_millis(5);
 const FETCHES_MAX: usize = 100;
 
 impl Store {
-    /// Judges events and stores those that are to be pushed. When this returns, they are on stable storage.
+    /// Judges events and stores those that are to be pushed. When this returns, they are on stable storage. `is_alone`: an
+    /// event by itself, which is refused as a whole where too many wait for its endpoint.
     ///
     /// # Errors
     /// The whole is refused: nothing was stored.
-    pub async fn post(&self, mut posts: Vec<Post<'_>>, now_ms: u64) -> Result<Vec<Posted>, Refusal> {
+    pub async fn post(&self, mut posts: Vec<Post<'_>>, is_alone: bool, now_ms: u64) -> Result<Vec<Posted>, Refusal> {
         self.wait_for_rows().await?;
-        let judged = self.decided(|admission| admission.post(&mut posts, now_ms))?;
+        let judged = self.decided(|admission| admission.post(&mut posts, is_alone, now_ms))?;
         self.wait(judged.ticket).await?;
         for key in judged.fate_of {
             let mut fates = self.inner.fates.subscribe();

@@ -48,6 +48,18 @@ fn a_full_endpoint_refuses_its_own_events_and_no_others() {
     let alone = relay.post(&event("a", "m2"));
     assert_eq!((alone.status, alone.code().as_str()), (503, "endpoint_full"));
     assert!(alone.header("retry-after").is_some());
+    // What a refused item says of its customer is remembered (contract §3); what is answered 503 has stored nothing.
+    let mut silent = |customer: &str| {
+        let mut event = event(customer, &format!("of-{customer}"));
+        event.as_object_mut().unwrap().remove("h5push");
+        event
+    };
+    let array = json!([event("b", "m3"), silent("b")]).to_string();
+    let results = relay.post_text("application/json", &array).json()["results"].clone();
+    let outcomes: Vec<&Value> = results.as_array().unwrap().iter().map(|result| &result["outcome"]).collect();
+    assert_eq!(outcomes, ["refused", "refused"], "{results}");
+    assert_eq!(relay.post(&event("c", "m4")).status, 503);
+    assert_eq!(relay.post(&silent("c")).json()["reason"], "h5push_not_enabled");
     // Posted again with the same id when there is room, it is no duplicate.
     receiver.answer_status(200);
     relay.wait_metric("h5push_outbox_events", &[("endpoint", "12")], |count| count == 0.0);

@@ -263,6 +263,20 @@ fn dead_letters_are_listed_shown_replayed_and_purged() {
 }
 
 #[test]
+fn a_body_that_is_needed_and_missing_is_a_wrong_request() {
+    let relay = Relay::start("");
+    for (method, path) in [
+        ("DELETE", "/v1/dead-letters"),
+        ("POST", "/v1/dead-letters/replay"),
+        ("POST", "/v1/lanes/bury"),
+        ("PUT", "/v1/customers"),
+    ] {
+        let answer = request(relay.local, method, path, &[], b"");
+        assert_eq!((answer.status, answer.code().as_str()), (400, "invalid_request"), "{method} {path}");
+    }
+}
+
+#[test]
 fn two_callers_never_replay_a_letter_twice() {
     let receiver = Receiver::start();
     let customers: Vec<String> = (0..20).map(|number| format!("c{number}")).collect();

@@ -91,7 +91,12 @@ impl Admission {
     ///
     /// # Errors
     /// The whole is refused, and nothing changed.
-    pub(super) fn post(&mut self, posts: &mut [Post<'_>], now_ms: u64) -> Result<Step<Judged>, Refusal> {
+    pub(super) fn post(
+        &mut self,
+        posts: &mut [Post<'_>],
+        is_alone: bool,
+        now_ms: u64,
+    ) -> Result<Step<Judged>, Refusal> {
         self.check_open()?;
         if self.is_disk_low {
             return Err(Refusal::DiskLow);
@@ -111,7 +116,7 @@ impl Admission {
         let mut posted = Vec::with_capacity(posts.len());
         let mut fate_of = Vec::new();
         for post in posts {
-            let verdict = self.judge(post, &mut request, &mut fate_of, now_s);
+            let verdict = self.judge(post, is_alone, &mut request, &mut fate_of, now_s);
             posted.push(verdict);
         }
         if self.waiting > self.rules.events_max && !request.endpoints.is_empty() {
@@ -122,7 +127,14 @@ impl Admission {
         Ok(Step::Done(Judged { posted, ticket, fate_of }))
     }
 
-    fn judge(&mut self, post: &mut Post<'_>, request: &mut Request, fate_of: &mut Vec<EventKey>, now_s: u64) -> Posted {
+    fn judge(
+        &mut self,
+        post: &mut Post<'_>,
+        is_alone: bool,
+        request: &mut Request,
+        fate_of: &mut Vec<EventKey>,
+        now_s: u64,
+    ) -> Posted {
         let event = post.event;
         if self.ids.contains(post.key) {
             if self.undurable.contains(&post.key) {
@@ -136,6 +148,10 @@ impl Admission {
         let (after, changes) = self.hear(event.plugin, &event.web_token, &event.hearing, now_s);
         let verdict = gate::decide(event.question(true), &after, self.rules.require_h5push);
         if verdict.is_ok() && self.waiting_by_endpoint.get(&endpoint).is_some_and(|count| *count >= events_max) {
+            // What it says of its customer holds all the same (contract §3), unless the answer is an error.
+            if !is_alone {
+                self.remember(changes, request);
+            }
             return Posted::EndpointFull;
         }
         self.remember(changes, request);
