@@ -12,6 +12,8 @@ use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use tokio::sync::oneshot;
+
 use self::copying::Copying;
 use super::applier::{Applier, advance};
 use super::checkpoint::{Checkpoint, Live, SegmentMark};
@@ -224,14 +226,37 @@ impl<'a> Keeper<'a> {
         }
     }
 
-    /// In this order, so that neither sled nor an unlink can get ahead of the journal: what the relay has heard of, which is
-    /// on stable storage; the queue's rows and the state log; the checkpoint file; only then remove what it frees. The
-    /// journal is never synced here: an error would be told to this thread alone, and the writer's next sync succeed.
+    /// Has what was noted since the last group put on stable storage, by the journal's thread: an error of a sync made
+    /// here would be told here only, and the next group be taken for synced. Says whether the disk takes it.
+    fn sync_notes(&self) -> bool {
+        let inner = self.inner;
+        let mut done = lock(&inner.admission).stage_sync();
+        inner.work.notify_all();
+        let deadline = clock::monotonic() + SNAPSHOT_LIMIT;
+        loop {
+            match done.try_recv() {
+                Ok(synced) => return synced.is_ok(),
+                // The journal's thread has ended: what is noted is read back at the next start.
+                Err(oneshot::error::TryRecvError::Closed) => return true,
+                Err(oneshot::error::TryRecvError::Empty) => {}
+            }
+            if inner.is_ending.load(Ordering::SeqCst) || clock::monotonic() > deadline {
+                return true;
+            }
+            std::thread::sleep(GATHER);
+        }
+    }
+
+    /// In this order, so that neither sled nor an unlink can get ahead of the journal: sync the journal; the queue's rows
+    /// and the state log; the checkpoint file; only then remove what it frees.
     fn checkpoint(&mut self) -> Result<(), QueueError> {
         let inner = self.inner;
+        if !self.sync_notes() {
+            return Ok(());
+        }
         let (Some(queue), Some(applier)) = (inner.queue(), self.applier.as_mut()) else { return Ok(()) };
-        let Some(snapshot) = ask_snapshot(inner) else { return Ok(()) };
         let end = lock(&inner.writer).end();
+        let Some(snapshot) = ask_snapshot(inner) else { return Ok(()) };
         if let Err(error) = advance(inner, applier, &queue, snapshot.position) {
             self.give_up(&error);
             return Ok(());
