@@ -49,7 +49,7 @@ fn a_full_endpoint_refuses_its_own_events_and_no_others() {
     assert_eq!((alone.status, alone.code().as_str()), (503, "endpoint_full"));
     assert!(alone.header("retry-after").is_some());
     // What a refused item says of its customer is remembered (contract §3); what is answered 503 has stored nothing.
-    let mut silent = |customer: &str| {
+    let silent = |customer: &str| {
         let mut event = event(customer, &format!("of-{customer}"));
         event.as_object_mut().unwrap().remove("h5push");
         event
