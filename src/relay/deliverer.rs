@@ -170,7 +170,7 @@ pub struct Push {
 
 impl Deliverer {
     /// Trusts the system's certificates and these. For later pushes at most as many connections are kept, over all
-    /// targets, as attempts may be in flight, and no more than [`KEPT_MAX`].
+    /// targets, as attempts may be in flight, and no more than 1,024.
     ///
     /// # Errors
     /// A certificate is of no use.
