@@ -27,6 +27,8 @@ use super::{Inner, Notice, Position, Snapshot, disk, lock, state};
 use crate::clock;
 use crate::domain::customer::Customer;
 
+/// How often is looked whether what was noted is synced.
+const SYNC_AGAIN: Duration = Duration::from_millis(1);
 /// Longest sleep: free space is looked at this often.
 const TICK: Duration = Duration::from_secs(1);
 /// Groups are applied together that come within this.
@@ -243,7 +245,7 @@ impl<'a> Keeper<'a> {
             if inner.is_ending.load(Ordering::SeqCst) || clock::monotonic() > deadline {
                 return true;
             }
-            std::thread::sleep(GATHER);
+            std::thread::sleep(SYNC_AGAIN);
         }
     }
 

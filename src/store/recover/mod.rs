@@ -66,6 +66,8 @@ struct Opening<'a> {
     hashing: HashKey,
     checkpoint: Option<Checkpoint>,
     found: Vec<Found>,
+    /// Damaged records that were counted when the segments were found.
+    noted: u64,
 }
 
 impl Store {
@@ -110,11 +112,18 @@ impl Store {
             hashing: HashKey::of([0; 32]),
             checkpoint,
             found: Vec::new(),
+            noted: 0,
         };
         let begun = clock::now();
         opening.find_segments().map_err(io_error(&journal))?;
         tracing::debug!(segments = opening.found.len(), elapsed = ?begun.elapsed(), "segments found");
         let (queue, mut applier) = opening.open_queue()?;
+        // Beside those that the search for the segments' ends has met already.
+        let found = applier.damaged.saturating_sub(opening.noted);
+        if found > 0 {
+            tracing::error!(found, "damaged records in the journal");
+            metrics.damaged("journal", found);
+        }
         tracing::debug!(elapsed = ?begun.elapsed(), "queue open");
         let remembered = |error: QueueError| OpenError::Queue(error.to_string());
         let set: BTreeMap<String, String> = queue.settings().map_err(remembered)?.into_iter().collect();

@@ -93,6 +93,7 @@ impl Opening<'_> {
                 None => {
                     let scan = segment::scan(&file, number, 0, floor, |_| {})?;
                     self.note_scan(number, &scan);
+                    self.noted += scan.damaged.len() as u64;
                     // What only the page cache held must not be lost after it was answered `duplicate`.
                     file.set_len(u64::from(scan.valid_len))?;
                     file.sync_all()?;
