@@ -9,6 +9,7 @@ mod holds;
 mod limits;
 mod reports;
 mod resolver;
+mod withdrawals;
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -24,6 +25,7 @@ pub use self::deliverer::Deliverer;
 use self::deliverer::Target;
 pub use self::holds::holds;
 pub use self::limits::max_in_flight;
+use self::withdrawals::Withdrawing;
 use crate::clock;
 use crate::config::{Endpoints, UrlRule};
 use crate::domain::backlog::Handle;
@@ -32,7 +34,7 @@ use crate::domain::outcome::Verdict;
 use crate::domain::push::PushBounds;
 use crate::domain::schedule::{LaneId, Schedule, Start};
 use crate::metrics::{EndpointMetrics, Metrics};
-use crate::store::{Compacted, Ending, Item, Note, Notice, Position, Snapshot, Store, WithdrawCustomer};
+use crate::store::{Compacted, Item, Note, Notice, Position, Snapshot, Store};
 
 /// Notices and reports taken at once.
 const BATCH: usize = 256;
@@ -57,16 +59,6 @@ pub struct Settings {
     pub bounds: PushBounds,
     /// `log.attempts`
     pub logs_attempts: bool,
-}
-
-/// A customer whose events are being withdrawn.
-#[derive(Debug)]
-struct Withdrawing {
-    customer: WithdrawCustomer,
-    /// Events so far.
-    withdrawn: u64,
-    /// Sequence number of the last that is meant.
-    until: u64,
 }
 
 /// The relay's task.
@@ -264,49 +256,6 @@ impl Relay {
         self.schedule.move_events(compacted.old_slot, compacted.new_slot, compacted.segment, &compacted.events);
         // The store has ended.
         compacted.done.send(()).ok();
-    }
-
-    /// Withdraws what waits of a customer, and answers when that is durable; where some are being made dead letters, when
-    /// that has ended too.
-    fn withdraw(&mut self, Withdrawing { customer, mut withdrawn, until }: Withdrawing) {
-        let mut burying_until = None;
-        let hashing = self.store.hashing();
-        for (endpoint, lane) in hashing.lanes(customer.plugin, &customer.web_token) {
-            let id = self.schedule.lane_id(lane);
-            let found = self.schedule.withdraw(lane, until, clock::micros());
-            if let Some(id) = id {
-                self.lane_errors.remove(&id);
-                self.unread.remove(&id);
-                self.count_buried(id, 0);
-            }
-            burying_until = burying_until.max(found.burying_until);
-            if found.events.is_empty() && !found.had_retry {
-                continue;
-            }
-            if let Some(id) = id
-                && let Some(flight) = self.flights.get(&id)
-            {
-                flight.withdraw();
-            }
-            let count = found.events.len() as u64;
-            *self.ended.entry(endpoint).or_default() += count;
-            self.metrics.withdrawn.inc_by(count - u64::from(found.in_flight));
-            withdrawn += count;
-            let seqs = self.seqs(&found.events);
-            self.notes.push(Note::Settled { lane, ending: Ending::Withdrawn, retry_is_over: found.had_retry, seqs });
-        }
-        self.write_notes();
-        if let Some(until) = burying_until {
-            // What comes meanwhile may be wanted again.
-            return self.withdrawing.push(Withdrawing { customer, withdrawn, until });
-        }
-        let synced = self.store.sync();
-        tokio::spawn(async move {
-            if synced.await.is_ok() {
-                // The caller has gone.
-                customer.done.send(withdrawn).ok();
-            }
-        });
     }
 
     fn seqs(&self, events: &[Handle]) -> Vec<u64> {

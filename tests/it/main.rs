@@ -10,6 +10,7 @@
 )]
 
 mod accept;
+mod bodies;
 mod command_line;
 mod crash;
 mod customers;
