@@ -34,11 +34,12 @@
 //! | [`relay`] | the schedule's task, attempts, connections to receivers | domain, store, metrics, config, clock |
 //! | [`api`] | listeners, requests, answers | domain, store, relay, metrics, config, clock |
 //! | [`config`] | the file as written and as needed | domain |
-//! | [`app`] | wiring, start, reload, stop | domain, store, relay, api, metrics, config, clock, log |
-//! | [`cli`] | arguments, subcommands, exit codes | app, config, domain, store, clock, log |
+//! | [`app`] | wiring, start, reload, stop | domain, store, relay, api, metrics, config, clock, log, workers |
+//! | [`cli`] | arguments, subcommands, exit codes | app, config, domain, store, clock, log, workers |
 //! | [`metrics`] | what is counted, by which names | domain |
 //! | [`log`] | where log lines go | config |
 //! | [`clock`] | time and chance | nothing |
+//! | [`workers`] | threads with a runtime of their own | nothing |
 
 pub mod api;
 pub mod app;
@@ -52,3 +53,4 @@ pub mod log;
 pub mod metrics;
 pub mod relay;
 pub mod store;
+pub mod workers;
