@@ -64,7 +64,8 @@ pub struct App {
     stop_local: watch::Sender<bool>,
     stop_metrics: watch::Sender<bool>,
     api: Arc<Api>,
-    shutdown_timeout: Duration,
+    /// The config of the start.
+    started: Arc<Config>,
     /// Where `[local]` listens, for TCP.
     pub local_address: Option<SocketAddr>,
     /// Where `[metrics]` listens.
@@ -95,6 +96,7 @@ impl App {
             Some(address) => Some(inherited.of("open_api").map_or_else(|| api::bind_tcp_at(address), Ok)?),
             None => None,
         };
+        inherited.end();
         let (local_address, metrics_address) = (local.address(), scrape.address());
         let open_api_address = open_api.as_ref().and_then(Bound::address);
         check_exposure(&config, local_address, open_api_address).map_err(StartError::Exposed)?;
@@ -161,7 +163,7 @@ impl App {
             stop_local,
             stop_metrics,
             api,
-            shutdown_timeout: config.shutdown_timeout,
+            started: config,
             local_address,
             metrics_address,
             open_api_address,
@@ -208,7 +210,7 @@ impl App {
         for warning in &config.warnings {
             tracing::warn!("{warning}");
         }
-        let changed = config.needs_restart(&self.api.config.load());
+        let changed = config.needs_restart(&self.started);
         let config = Arc::new(config);
         let reloaded = (deliverer, relay_settings(&config), schedule);
         let configured = self.api.reconfigure(Arc::clone(&config), reloaded).await;
@@ -237,7 +239,7 @@ impl App {
     pub async fn stop(self) {
         let App { store, threads, commands, relay, mut listeners, mut scrapes, stop_local, stop_metrics, api, .. } =
             self;
-        let deadline = tokio::time::Instant::now() + self.shutdown_timeout;
+        let deadline = tokio::time::Instant::now() + self.started.shutdown_timeout;
         api.is_up.store(false, Ordering::SeqCst);
         stop_local.send_replace(true);
         let (reply, drained) = oneshot::channel();

@@ -32,13 +32,14 @@
 //! | [`domain`] | every rule; plain data, no clock, no chance, no I/O | nothing |
 //! | [`store`] | journal, sled, checkpoints, dead letters | domain, metrics, clock |
 //! | [`relay`] | the schedule's task, attempts, connections to receivers | domain, store, metrics, config, clock |
-//! | [`api`] | listeners, requests, answers | domain, store, relay, metrics, config, clock |
-//! | [`config`] | the file as written and as needed | domain |
+//! | [`api`] | listeners, requests, answers | domain, store, relay, metrics, config, clock, json |
+//! | [`config`] | the file as written and as needed | domain, json |
 //! | [`app`] | wiring, start, reload, stop | domain, store, relay, api, metrics, config, clock, log, workers |
 //! | [`cli`] | arguments, subcommands, exit codes | app, config, domain, store, clock, log, workers |
 //! | [`metrics`] | what is counted, by which names | domain |
 //! | [`log`] | where log lines go | config |
 //! | [`clock`] | time and chance | nothing |
+//! | [`json`] | bodies of calls | nothing |
 //! | [`workers`] | threads with a runtime of their own | nothing |
 
 pub mod api;
@@ -49,6 +50,7 @@ pub mod config;
 pub mod domain;
 #[cfg(test)]
 mod fuzz;
+pub mod json;
 pub mod log;
 pub mod metrics;
 pub mod relay;

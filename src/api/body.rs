@@ -54,6 +54,14 @@ pub(super) async fn read_body(api: &Api, request: Request<Incoming>, bytes_max: 
     read
 }
 
+/// Lets a request that is refused by its head finish, and hands its error on.
+pub(super) async fn refused(request: Request<Incoming>, error: ApiError) -> ApiError {
+    if !request.headers().contains_key(header::EXPECT) {
+        discard(&mut request.into_body()).await;
+    }
+    error
+}
+
 /// A body of so many bytes.
 async fn announced(api: &Api, body: &mut Incoming, bytes: usize) -> Result<Body, ApiError> {
     // Small ones are bounded by the number of connections: large and slow ones never keep them waiting.

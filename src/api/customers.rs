@@ -8,6 +8,7 @@ use super::{Api, dead_letters};
 use crate::clock;
 use crate::domain::customer::{Customer, Hearing, TOKEN_BYTES_MAX, Toggle};
 use crate::domain::endpoint::Plugin;
+use crate::json;
 
 const BAD_PLUGIN: &str = "im_web_plugin_id: must be an integer from 0 to 2^63-1";
 
@@ -38,11 +39,7 @@ struct Shown<'a> {
 }
 
 pub(super) async fn put(api: &Api, body: &[u8]) -> Result<Answer, ApiError> {
-    let text = std::str::from_utf8(body).map_err(|_| invalid("body: must be UTF-8"))?.trim_start();
-    if !text.starts_with('{') {
-        return Err(invalid("body: must be a JSON object"));
-    }
-    let put: Put = serde_json::from_str(text).map_err(|problem| invalid(format!("body: {problem}")))?;
+    let put: Put = json::object(body).map_err(invalid)?;
     check_token("web_token", &put.web_token)?;
     let plugin = put.im_web_plugin_id.map_or(Some(Plugin::NONE), Plugin::new);
     let plugin = plugin.ok_or_else(|| invalid(BAD_PLUGIN))?;
@@ -66,26 +63,31 @@ pub(super) async fn put(api: &Api, body: &[u8]) -> Result<Answer, ApiError> {
 }
 
 pub(super) async fn get_or_delete(api: &Api, method: &Method, query: &str) -> Result<Answer, ApiError> {
+    let is_delete = method == Method::DELETE;
     let (mut web_token, mut plugin) = (None, None);
     for (name, value) in form_urlencoded::parse(query.as_bytes()) {
         match name.as_ref() {
+            // What is forgotten does not come back: a slip of the pen must not widen it.
+            "im_web_plugin_id" if value.is_empty() && is_delete => return Err(invalid(BAD_PLUGIN)),
             "web_token" => web_token = Some(value.into_owned()),
             "im_web_plugin_id" if !value.is_empty() => {
                 plugin = Some(Plugin::parse(&value).ok_or_else(|| invalid(BAD_PLUGIN))?);
             }
+            "im_web_plugin_id" => {}
+            unknown if is_delete => return Err(invalid(format!("{unknown}: unknown parameter"))),
             _ => {}
         }
     }
     let web_token = web_token.ok_or_else(|| invalid("web_token: is required"))?;
     check_token("web_token", &web_token)?;
     let now_s = clock::wall_ms() / 1_000;
-    if method == Method::DELETE {
+    if is_delete {
         // No letter of theirs is put back meanwhile.
         let _replaying = api.replaying.lock().await;
         let (forgotten, withdrawn) = api.store.forget(plugin, &web_token, now_s).await?;
         // What was being given up just now is a dead letter by then.
         let dead_letters = dead_letters::forget(api, plugin, &web_token).await?;
-        if forgotten == 0 && dead_letters == 0 {
+        if forgotten == 0 && withdrawn == 0 && dead_letters == 0 {
             return Err(not_found());
         }
         #[derive(Serialize)]

@@ -11,6 +11,7 @@ use super::answer::{self, Answer, ApiError, Code, busy, error};
 use super::query::{Query, rfc3339};
 use crate::clock;
 use crate::domain::endpoint::{EndpointName, Plugin};
+use crate::json;
 use crate::store::{Accepted, Dead, DeadLetter, LetterFilter, LetterId, Replay};
 
 /// Letters that are replayed or purged at once: one group of the journal.
@@ -101,7 +102,7 @@ enum Selected {
 
 fn select(body: &[u8]) -> Result<Selected, ApiError> {
     let wrong = |problem: String| error(Code::InvalidRequest, problem);
-    let selector: Selector = serde_json::from_slice(body).map_err(|problem| wrong(format!("body: {problem}")))?;
+    let selector: Selector = json::object(body).map_err(wrong)?;
     match (selector.ids, selector.endpoint, selector.all) {
         (Some(ids), None, None) => {
             let ids: Result<Vec<LetterId>, ApiError> = ids.iter().map(|text| id(text)).collect();

@@ -19,7 +19,8 @@ pub type Reloaded = (Deliverer, relay::Settings, schedule::Settings);
 /// Settings of the store that are endpoints begin with this.
 const PREFIX: &str = "endpoint/";
 
-/// The endpoints that calls have set, from the store's settings.
+/// The endpoints that calls have set, from the store's settings. One that cannot be read gets no push: its events are not
+/// for the config file's address, nor for `default`.
 #[must_use]
 pub fn entries(settings: &BTreeMap<String, String>) -> BTreeMap<EndpointName, Entry> {
     let mut all = BTreeMap::new();
@@ -27,7 +28,10 @@ pub fn entries(settings: &BTreeMap<String, String>) -> BTreeMap<EndpointName, En
         let Some(name) = key.strip_prefix(PREFIX).and_then(|name| name.parse().ok()) else { continue };
         match Entry::from_text(text) {
             Some(entry) => drop(all.insert(name, entry)),
-            None => tracing::error!(endpoint = %name, "a stored endpoint cannot be read"),
+            None => {
+                tracing::error!(endpoint = %name, "a stored endpoint cannot be read: nothing is pushed to it");
+                all.insert(name, Entry::default());
+            }
         }
     }
     all

@@ -1,9 +1,11 @@
 //! `POST /v1/events` (contract §3): one event, an array, or NDJSON.
 
 use std::borrow::Cow;
+use std::fmt;
 
 use hyper::StatusCode;
-use serde::Serialize;
+use serde::de::{IgnoredAny, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::value::RawValue;
 
 use super::answer::{self, Answer, ApiError, Code, ErrorBody, error};
@@ -159,7 +161,7 @@ fn split(form: Form, body: &[u8]) -> Result<(Vec<&[u8]>, bool), ApiError> {
     match form {
         Form::Ndjson => {
             let lines = body.split(|byte| *byte == b'\n').map(<[u8]>::trim_ascii);
-            Ok((lines.filter(|line| !line.is_empty()).collect(), false))
+            Ok((lines.filter(|line| !line.is_empty()).take(EVENTS_MAX + 1).collect(), false))
         }
         Form::Json => {
             let text = std::str::from_utf8(body)
@@ -168,10 +170,41 @@ fn split(form: Form, body: &[u8]) -> Result<(Vec<&[u8]>, bool), ApiError> {
             if !text.starts_with('[') {
                 return Ok((vec![text.as_bytes()], true));
             }
-            let items: Vec<&RawValue> = serde_json::from_str(text)
+            let Items(items) = serde_json::from_str(text)
                 .map_err(|problem| error(Code::InvalidRequest, format!("body: {problem}")))?;
-            Ok((items.into_iter().map(|item| item.get().as_bytes()).collect(), false))
+            Ok((items, false))
         }
+    }
+}
+
+/// The texts of an array's items, one more than is allowed at most: a body of many small ones would take ten times its
+/// size.
+struct Items<'a>(Vec<&'a [u8]>);
+
+impl<'de: 'a, 'a> Deserialize<'de> for Items<'a> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Items<'a>, D::Error> {
+        deserializer.deserialize_seq(ItemsVisitor)
+    }
+}
+
+struct ItemsVisitor;
+
+impl<'de> Visitor<'de> for ItemsVisitor {
+    type Value = Items<'de>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an array")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Items<'de>, A::Error> {
+        let mut items = Vec::new();
+        while items.len() <= EVENTS_MAX
+            && let Some(item) = seq.next_element::<&RawValue>()?
+        {
+            items.push(item.get().as_bytes());
+        }
+        while seq.next_element::<IgnoredAny>()?.is_some() {}
+        Ok(Items(items))
     }
 }
 

@@ -8,7 +8,7 @@ use hyper::{Method, Request, Uri};
 use subtle::ConstantTimeEq as _;
 
 use super::answer::{Answer, ApiError, Code, error};
-use super::body::{Body, read_body, turn};
+use super::body::{Body, read_body, refused, turn};
 use super::events::Form;
 use super::query::{Query, decoded};
 use super::udesk::{self, BodyForm};
@@ -65,11 +65,17 @@ const ROUTES: [(Route, &str, &str); 18] = [
     (Route::Readyz, "/readyz", "GET, HEAD"),
 ];
 
+/// Every path that is no route, as counted in metrics.
+const OTHER: &str = "other";
+
 /// What a route may answer beside its success.
 const ERRORS: [u16; 9] = [400, 401, 403, 404, 405, 408, 413, 415, 503];
 
 /// Makes the counters of all routes be there from the start (contract §7).
 pub fn show_routes(metrics: &Metrics) {
+    for code in ERRORS {
+        metrics.show_requests(OTHER, code);
+    }
     for (route, path, _) in ROUTES {
         let success = if route == Route::Events { 202 } else { 200 };
         for code in ERRORS.into_iter().chain([success]) {
@@ -99,7 +105,7 @@ impl Route {
     }
 
     fn row(self) -> (&'static str, &'static str) {
-        ROUTES.iter().find(|(route, ..)| *route == self).map_or(("other", ""), |(_, path, methods)| (*path, *methods))
+        ROUTES.iter().find(|(route, ..)| *route == self).map_or((OTHER, ""), |(_, path, methods)| (*path, *methods))
     }
 
     fn path(self) -> &'static str {
@@ -120,23 +126,24 @@ impl Route {
 pub(super) async fn answer(api: &Api, request: Request<Incoming>, is_tcp: bool) -> Answer {
     let path = request.uri().path().to_owned();
     let route = Route::of(&path);
-    let answer = match handle(api, route, request, is_tcp).await {
-        Ok(answer) => answer,
-        Err(error) => error.into_answer(),
+    let handled = match admit(api, route, &request, is_tcp) {
+        Ok((route, named)) => handle(api, route, named, request).await,
+        Err(error) => Err(refused(request, error).await),
     };
-    let counted = route.map_or("other", |(route, _)| route.path());
+    let answer = handled.unwrap_or_else(ApiError::into_answer);
+    let counted = route.map_or(OTHER, |(route, _)| route.path());
     api.metrics.count_request(counted, answer.status().as_u16());
     answer
 }
 
-async fn handle(
+/// Whether a request may be made, by its head.
+fn admit<'a>(
     api: &Api,
-    route: Option<(Route, &str)>,
-    request: Request<Incoming>,
+    route: Option<(Route, &'a str)>,
+    request: &Request<Incoming>,
     is_tcp: bool,
-) -> Result<Answer, ApiError> {
-    // An Arc, not a guard: few guards are cheap, and this one would be held while the request waits for the disk.
-    let config = api.config.load_full();
+) -> Result<(Route, &'a str), ApiError> {
+    let config = api.config.load();
     if is_tcp {
         check_browser(request.headers(), request.uri(), &config.local.allowed_hosts)?;
     }
@@ -144,8 +151,7 @@ async fn handle(
         check_token(config.local.token.as_ref(), request.headers())?;
     }
     let (route, named) = route.ok_or_else(|| error(Code::NotFound, "path: nothing is here"))?;
-    let method = request.method().clone();
-    if !route.methods().split(", ").any(|allowed| allowed == method.as_str()) {
+    if !route.methods().split(", ").any(|allowed| allowed == request.method().as_str()) {
         let allowed = route.methods();
         return Err(error(Code::MethodNotAllowed(allowed), format!("method: {allowed} only")));
     }
@@ -157,6 +163,13 @@ async fn handle(
             _ => return Err(unsupported("application/json or application/x-ndjson")),
         }
     }
+    Ok((route, named))
+}
+
+async fn handle(api: &Api, route: Route, named: &str, request: Request<Incoming>) -> Result<Answer, ApiError> {
+    // An Arc, not a guard: few guards are cheap, and this one would be held while the request waits for the disk.
+    let config = api.config.load_full();
+    let method = request.method().clone();
     let named = &*decoded(named)?;
     let query = request.uri().query().unwrap_or("").to_owned();
     let bytes_max = config.local.max_body_bytes;
@@ -187,7 +200,7 @@ async fn handle(
             let form = match content_type(request.headers())?.as_deref() {
                 Some("application/json") => Form::Json,
                 Some("application/x-ndjson") => Form::Ndjson,
-                _ => return Err(unsupported("application/json or application/x-ndjson")),
+                _ => return Err(refused(request, unsupported("application/json or application/x-ndjson")).await),
             };
             let body = read_body(api, request, bytes_max).await?;
             let _turn = turn(api, body.bytes.len()).await?;
@@ -211,7 +224,10 @@ async fn handle(
             }
         }
         Route::H5push | Route::Survey => {
-            let form = body_form(&request)?;
+            let form = match body_form(&request) {
+                Ok(form) => form,
+                Err(error) => return Err(refused(request, error).await),
+            };
             let answered = async {
                 let body = read_body(api, request, bytes_max).await.map_err(udesk::unread)?;
                 let parameters = udesk::parameters(&query, form, &body.bytes)?;
@@ -240,7 +256,7 @@ async fn json_body(api: &Api, request: Request<Incoming>, bytes_max: usize) -> R
     match content_type(request.headers())?.as_deref() {
         Some("application/json") => read_body(api, request, bytes_max).await,
         None if request.body().is_end_stream() => Err(error(Code::InvalidRequest, "body: is required")),
-        _ => Err(unsupported("application/json")),
+        _ => Err(refused(request, unsupported("application/json")).await),
     }
 }
 

@@ -118,8 +118,11 @@ impl Api {
         patience: Duration,
     ) -> Option<T> {
         let (reply, answer) = oneshot::channel();
-        self.relay.send(command(reply)).await.ok()?;
-        tokio::time::timeout(patience, answer).await.ok()?.ok()
+        let answered = async {
+            self.relay.send(command(reply)).await.ok()?;
+            answer.await.ok()
+        };
+        tokio::time::timeout(patience, answered).await.ok()?
     }
 
     async fn waiting(&self, plugin: Plugin, web_token: &str) -> Option<u64> {

@@ -93,7 +93,10 @@ async fn handle(api: &Api, call: Call, request: Request<Incoming>) -> Result<Res
     if request.method() != Method::POST {
         return Err(error(Code::MethodNotAllowed("POST"), "method: POST only"));
     }
-    let form = local::body_form(&request)?;
+    let form = match local::body_form(&request) {
+        Ok(form) => form,
+        Err(_) => return Ok(Err(udesk::wrong("参数错误:Content-Type"))),
+    };
     let query = request.uri().query().unwrap_or("").to_owned();
     // Not a guard: it would be held while others wait.
     let config = api.config.load_full();
@@ -119,11 +122,14 @@ async fn handle(api: &Api, call: Call, request: Request<Incoming>) -> Result<Res
 /// Counts a rightly signed call, and uses its nonce up.
 async fn authorize<'a>(api: &Api, open_api: &OpenApi, signed: Signed<'a>) -> Result<&'a Account, Failure> {
     let Signed { account, nonce, signed_at } = signed;
-    // Only calls that are rightly signed count, so that nobody else can use an account's calls up.
+    let key = api.store.hashing().nonce(&account.email, &nonce);
+    // Only calls that are rightly signed count, once each, so that nobody else can use an account's calls up.
+    if api.store.is_nonce_used(key) {
+        return Err(udesk::unsigned());
+    }
     if !api.callers.may_call(&account.email, open_api.rate_limit_per_minute) {
         return Err(udesk::too_many());
     }
-    let key = api.store.hashing().nonce(&account.email, &nonce);
     let now_s = clock::wall_ms() / 1_000;
     let until_s = signed_at + open_api.timestamp_tolerance.as_secs();
     let is_fresh = api.store.use_nonce(key, until_s, now_s).await.map_err(udesk::unavailable)?;

@@ -14,6 +14,7 @@ use crate::clock;
 use crate::domain::endpoint::{EndpointName, Plugin};
 use crate::domain::keys::LaneKey;
 use crate::domain::schedule::Pauses;
+use crate::json;
 use crate::relay::{Command, LaneShown, Tested};
 
 /// Settings of the store that are pauses begin with this.
@@ -247,7 +248,7 @@ pub(super) async fn bury(api: &Api, body: &[u8]) -> Result<Answer, ApiError> {
     struct Buried {
         buried: u64,
     }
-    let bury: Bury = serde_json::from_slice(body).map_err(|problem| wrong(format!("body: {problem}")))?;
+    let bury: Bury = json::object(body).map_err(wrong)?;
     let endpoint = EndpointName::any(&bury.endpoint).map_err(|bad| wrong(format!("endpoint: {bad}")))?;
     let keys = match &bury.web_token {
         Some(web_token) => Some(lanes_of(api, Some(endpoint), web_token)?),

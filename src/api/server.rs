@@ -96,6 +96,13 @@ impl Inherited {
         let at = self.0.iter().position(|(name, _)| name == table)?;
         Some(self.0.swap_remove(at).1)
     }
+
+    /// Closes those that nothing asked for, and says so.
+    pub fn end(self) {
+        for (name, _) in self.0 {
+            tracing::warn!(name, "a socket of systemd's for nothing: FileDescriptorName is local, metrics or open_api");
+        }
+    }
 }
 
 impl Bound {

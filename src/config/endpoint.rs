@@ -195,7 +195,7 @@ impl Entry {
         defaults: &Defaults,
         rule: &UrlRule,
     ) -> Result<Entry, String> {
-        let put: Put = serde_json::from_slice(body).map_err(|error| format!("body: {error}"))?;
+        let put: Put = crate::json::object(body)?;
         let url = put.url.ok_or("url: is required; null means no push for this plugin")?;
         let kept = before.and_then(|before| before.secret.clone());
         let entry = Entry {

@@ -228,26 +228,26 @@ impl Config {
 
     /// Which keys differ from those of the config that runs, and are read at the start only.
     #[must_use]
-    pub fn needs_restart(&self, running: &Config) -> Vec<&'static str> {
-        let (local, was) = (&self.local, &running.local);
+    pub fn needs_restart(&self, started: &Config) -> Vec<&'static str> {
+        let (local, was) = (&self.local, &started.local);
         let all = [
-            ("data_dir", self.data_dir != running.data_dir),
-            ("shutdown_timeout", self.shutdown_timeout != running.shutdown_timeout),
+            ("data_dir", self.data_dir != started.data_dir),
+            ("shutdown_timeout", self.shutdown_timeout != started.shutdown_timeout),
             ("local.listen", local.listen != was.listen),
             ("local.socket_mode", local.socket_mode != was.socket_mode),
             ("local.socket_group", local.socket_group != was.socket_group),
             ("local.max_connections", local.max_connections != was.max_connections),
-            ("metrics.listen", self.metrics_listen != running.metrics_listen),
-            ("metrics.max_endpoints", self.metrics_max_endpoints != running.metrics_max_endpoints),
-            ("outbox.min_free_disk", self.min_free_disk != running.min_free_disk),
-            ("outbox.dedupe_window", self.dedupe_window != running.dedupe_window),
-            ("outbox.dedupe_max", self.dedupe_max != running.dedupe_max),
-            ("gate.forget_after", self.forget_after != running.forget_after),
-            ("open_api.listen", self.open_api.listen != running.open_api.listen),
-            ("open_api.max_connections", self.open_api.max_connections != running.open_api.max_connections),
-            ("dead_letters.keep", self.dead_keep != running.dead_keep),
-            ("dead_letters.max", self.dead_max != running.dead_max),
-            ("log.format", self.log_format != running.log_format),
+            ("metrics.listen", self.metrics_listen != started.metrics_listen),
+            ("metrics.max_endpoints", self.metrics_max_endpoints != started.metrics_max_endpoints),
+            ("outbox.min_free_disk", self.min_free_disk != started.min_free_disk),
+            ("outbox.dedupe_window", self.dedupe_window != started.dedupe_window),
+            ("outbox.dedupe_max", self.dedupe_max != started.dedupe_max),
+            ("gate.forget_after", self.forget_after != started.forget_after),
+            ("open_api.listen", self.open_api.listen != started.open_api.listen),
+            ("open_api.max_connections", self.open_api.max_connections != started.open_api.max_connections),
+            ("dead_letters.keep", self.dead_keep != started.dead_keep),
+            ("dead_letters.max", self.dead_max != started.dead_max),
+            ("log.format", self.log_format != started.log_format),
         ];
         all.into_iter().filter(|(_, has_changed)| *has_changed).map(|(key, _)| key).collect()
     }
@@ -260,7 +260,11 @@ impl Config {
         for (name, entry) in entries {
             match entry.endpoint(*name, &self.defaults, self.endpoints.get(name)) {
                 Ok(endpoint) => drop(all.insert(*name, endpoint)),
-                Err(problem) => tracing::error!(endpoint = %name, problem, "a stored endpoint is of no use"),
+                Err(problem) => {
+                    tracing::error!(endpoint = %name, problem, "a stored endpoint is of no use: nothing is pushed to it");
+                    // Not the file's entry, nor `default`: that may be somebody else's server.
+                    all.insert(*name, None);
+                }
             }
         }
         all

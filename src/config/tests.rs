@@ -195,3 +195,45 @@ fn no_secret_is_in_what_a_panic_or_an_error_could_show() {
         assert_eq!(at, None, "{text}");
     }
 }
+
+#[test]
+fn push_addresses_are_what_will_be_connected_to() {
+    let good = [
+        "https://app.example/push",
+        "http://app_1.example:8080/a?b=c",
+        "http://localhost/",
+        "http://10.0.0.1:1/",
+        "http://[::1]:65535/",
+        "https://app.example./",
+        "https://xn--fiq228c.example/",
+        "http://3com.example/",
+    ];
+    for url in good {
+        assert!(url.parse::<PushUrl>().is_ok(), "{url}");
+    }
+    let bad = [
+        "http://a.example:65536/",
+        "http://a.example:0/",
+        "http://a.example:/",
+        "http://a.example:80x/",
+        "http://a.example:+80/",
+        "http://a..example/",
+        "http://256.1.1.1/",
+        "http://1.2.3.4.5/",
+        "http://010.0.0.1/",
+        "http://127.1/",
+        "http://2130706433/",
+        "http://0x7f000001/",
+        "http://127.0.0.1./",
+        "http://[fe80::1%25eth0]/",
+        "http://[::1/",
+        "http://[::1]x/",
+        "http:///path",
+        "ftp://a.example/",
+        "http://u:p@a.example/",
+        "https://a.example/#x",
+    ];
+    for url in bad {
+        assert!(url.parse::<PushUrl>().is_err(), "{url}");
+    }
+}

@@ -1,7 +1,7 @@
 //! The kinds of values in a config file, each checked where it is read.
 
 use std::fmt;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
@@ -89,9 +89,54 @@ impl FromStr for PushUrl {
             Some(authority) if authority.as_str().contains('@') => {
                 Err("a push address has no user name or password: use `headers`".to_owned())
             }
-            Some(authority) if !authority.host().is_empty() => Ok(PushUrl(uri)),
-            _ => Err("a push address needs a host".to_owned()),
+            Some(authority) => check_host(authority.as_str()).map(|()| PushUrl(uri)),
+            None => Err("a push address needs a host".to_owned()),
         }
+    }
+}
+
+/// Host and port as they are connected to: hyper takes a port that is none for the scheme's own, and a resolver an
+/// address with zeros in front for an octal one.
+fn check_host(authority: &str) -> Result<(), String> {
+    let (host, port) = match authority.rsplit_once(':') {
+        Some((host, port)) if !port.contains(']') => (host, Some(port)),
+        _ => (authority, None),
+    };
+    let is_port =
+        |port: &str| port.bytes().all(|byte| byte.is_ascii_digit()) && port.parse::<u16>().is_ok_and(|port| port > 0);
+    if port.is_some_and(|port| !is_port(port)) {
+        return Err("a push address has a port from 1 to 65535, or none".to_owned());
+    }
+    if host.is_empty() {
+        return Err("a push address needs a host".to_owned());
+    }
+    if let Some(address) = host.strip_prefix('[') {
+        let address = address.strip_suffix(']').and_then(|address| address.parse::<Ipv6Addr>().ok());
+        return address.map(drop).ok_or_else(|| "a push address has no such IPv6 address".to_owned());
+    }
+    let name = host.strip_suffix('.').unwrap_or(host);
+    let labels = || name.split('.');
+    // A last label of digits makes it an address (RFC 3696 §2).
+    let is_address = labels().next_back().is_some_and(is_number);
+    if is_address {
+        return host.parse::<Ipv4Addr>().map(drop).map_err(|_| "a push address has no such IPv4 address".to_owned());
+    }
+    let is_label = |label: &str| {
+        (1..=63).contains(&label.len())
+            && label.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_')
+    };
+    if name.len() > 253 || !labels().all(is_label) {
+        return Err("a push address has no such host name".to_owned());
+    }
+    Ok(())
+}
+
+/// As an old resolver reads numbers: decimal, octal, hexadecimal.
+fn is_number(label: &str) -> bool {
+    let hex = label.strip_prefix("0x").or_else(|| label.strip_prefix("0X"));
+    match hex {
+        Some(digits) => digits.bytes().all(|byte| byte.is_ascii_hexdigit()),
+        None => label.bytes().all(|byte| byte.is_ascii_digit()),
     }
 }
 

@@ -47,19 +47,14 @@ impl Store {
             Some(plugin) => vec![plugin],
             None => self.plugins_of(web_token)?,
         };
-        let mut known = Vec::new();
-        for plugin in plugins {
-            if self.customer(plugin, web_token, now_s)?.is_some() {
-                known.push(plugin);
-            }
-        }
-        if known.is_empty() {
-            return Ok((0, 0));
+        let mut known = 0;
+        for plugin in &plugins {
+            known += u64::from(self.customer(*plugin, web_token, now_s)?.is_some());
         }
         let mut receivers = Vec::new();
         let ticket = self.decided(|admission| {
             receivers.clear();
-            admission.forget(&known, web_token, || {
+            admission.forget(&plugins, web_token, || {
                 let (done, receiver) = oneshot::channel();
                 receivers.push(receiver);
                 done
@@ -70,7 +65,7 @@ impl Store {
         for receiver in receivers {
             withdrawn += receiver.await.map_err(|_| Refusal::DiskLow)?;
         }
-        Ok((known.len() as u64, withdrawn))
+        Ok((known, withdrawn))
     }
 
     /// The plugins at which a customer may be known.

@@ -13,13 +13,18 @@ pub(super) struct Nonces {
 }
 
 impl Nonces {
-    /// Uses a nonce up; `false` when it was used before, or no more can be remembered.
+    /// Whether it is used up.
+    pub(super) fn contains(&self, key: u128) -> bool {
+        self.until.contains_key(&key)
+    }
+
+    /// Uses a nonce up; `false` when it was used before, or may have been and is forgotten, or no more can be remembered.
     pub(super) fn take(&mut self, key: u128, until_s: u64, now_s: u64) -> bool {
         while let Some((until, key)) = self.order.first().copied().filter(|(until, _)| *until < now_s) {
             self.order.remove(&(until, key));
             self.until.remove(&key);
         }
-        if self.until.len() >= NONCES_MAX || self.until.contains_key(&key) {
+        if until_s < now_s || self.until.len() >= NONCES_MAX || self.until.contains_key(&key) {
             return false;
         }
         self.until.insert(key, until_s);
@@ -44,6 +49,7 @@ mod tests {
         assert!(nonces.take(1, 100, 0));
         assert!(!nonces.take(1, 100, 50));
         assert!(!nonces.take(1, 130, 100), "until its end");
+        assert!(!nonces.take(1, 100, 101), "its timestamp became stale while the body came");
         assert!(nonces.take(1, 200, 101));
         nonces.forget(1);
         assert!(nonces.take(1, 200, 102), "its call was not stored");

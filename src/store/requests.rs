@@ -71,6 +71,12 @@ impl Store {
         self.wake_writer();
     }
 
+    /// Whether a nonce is used up.
+    #[must_use]
+    pub fn is_nonce_used(&self, key: EventKey) -> bool {
+        lock(&self.inner.admission).nonces.contains(key)
+    }
+
     /// Uses a nonce up, durably. `false`: it was used before, or too many are remembered.
     ///
     /// # Errors
