@@ -4,9 +4,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use bytes::Bytes;
+use tokio::sync::{Semaphore, SemaphorePermit};
 
-use super::Settings;
 use super::deliverer::{Connection, Deliverer, Push, Seen, Target};
+use super::{FREE_BYTES, Settings};
 use crate::clock;
 use crate::domain::endpoint::EndpointName;
 use crate::domain::keys::{HashKey, LaneKey};
@@ -15,21 +16,28 @@ use crate::domain::push::{self, Composition, PushBounds};
 use crate::store::{Accepted, Reader, Stored};
 
 /// Whether an attempt has begun to send. A withdrawal that comes before stops it; one that comes after does not.
-#[derive(Debug, Default)]
-pub(super) struct Flight(AtomicU8);
+#[derive(Debug)]
+pub(super) struct Flight {
+    pub(super) endpoint: EndpointName,
+    stage: AtomicU8,
+}
 
 const PREPARING: u8 = 0;
 const SENDING: u8 = 1;
 const WITHDRAWN: u8 = 2;
 
 impl Flight {
+    pub(super) fn new(endpoint: EndpointName) -> Flight {
+        Flight { endpoint, stage: AtomicU8::new(PREPARING) }
+    }
+
     pub(super) fn withdraw(&self) {
         // Already sending: the report says what came of it.
-        self.0.compare_exchange(PREPARING, WITHDRAWN, Ordering::SeqCst, Ordering::SeqCst).ok();
+        self.stage.compare_exchange(PREPARING, WITHDRAWN, Ordering::SeqCst, Ordering::SeqCst).ok();
     }
 
     fn may_send(&self) -> bool {
-        self.0.compare_exchange(PREPARING, SENDING, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+        self.stage.compare_exchange(PREPARING, SENDING, Ordering::SeqCst, Ordering::SeqCst).is_ok()
     }
 }
 
@@ -56,6 +64,8 @@ pub(super) struct Job {
     pub flight: Arc<Flight>,
     pub hashing: HashKey,
     pub settings: Arc<Settings>,
+    /// Room for large pushes, KiB.
+    pub bodies: Arc<Semaphore>,
 }
 
 /// What came of it.
@@ -63,7 +73,7 @@ pub(super) struct Job {
 pub(super) struct Done {
     pub lane: u32,
     pub endpoint: EndpointName,
-    /// Events that the push carried.
+    /// Events that the push carried; none where nothing was sent.
     pub taken: u32,
     pub messages: u32,
     pub accepted_ms: Vec<u64>,
@@ -89,7 +99,8 @@ impl Job {
             seconds: 0.0,
         };
         // What was read is given back before the answer is waited for: thousands of attempts may wait.
-        let composed = match self.read() {
+        let mut room = None;
+        let composed = match self.read(&mut room) {
             Ok(stored) => self.compose(&stored, &mut done),
             Err(verdict) => return Done { verdict, ..done },
         };
@@ -102,6 +113,9 @@ impl Job {
         let may_send = || self.flight.may_send();
         let seen = deliverer.attempt(&self.target, push, connection, self.settings.timeout, may_send).await;
         done.seconds = begun.elapsed().as_secs_f64();
+        if seen.is_none() {
+            done.taken = 0;
+        }
         if let Some(Seen { report, detail }) = seen {
             done.verdict = report.verdict();
             done.result = Some(report.result());
@@ -122,8 +136,8 @@ impl Job {
         done
     }
 
-    /// Reads the events up to the first that does not read back.
-    fn read(&self) -> Result<Vec<Stored>, Verdict> {
+    /// Reads the events up to the first that does not read back, or for which there is no `room`.
+    fn read<'a>(&'a self, room: &mut Option<SemaphorePermit<'a>>) -> Result<Vec<Stored>, Verdict> {
         let mut all = Vec::with_capacity(self.events.len());
         let mut bytes = 0;
         for place in &self.events {
@@ -131,6 +145,16 @@ impl Job {
             match reader.read(place.offset) {
                 Ok(Some(stored)) => {
                     bytes += stored.event().map_or(0, |event| event.messages.len());
+                    let is_first = all.is_empty();
+                    if bytes > FREE_BYTES && !self.is_fixed && !is_first {
+                        let kib = ((bytes - FREE_BYTES) / 1_024) as u32 + 1;
+                        let more = kib.saturating_sub(room.as_ref().map_or(0, |room| room.num_permits() as u32));
+                        match (self.bodies.try_acquire_many(more), &mut *room) {
+                            (Ok(more), Some(room)) => room.merge(more),
+                            (Ok(more), room) => *room = Some(more),
+                            (Err(_), _) => break,
+                        }
+                    }
                     all.push(stored);
                 }
                 Ok(None) => break,

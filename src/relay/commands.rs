@@ -186,7 +186,7 @@ impl Relay {
             Command::Configure(configure) => {
                 let Configure { endpoints, rule, reloaded, reply } = *configure;
                 if let Some((deliverer, settings, rules)) = reloaded {
-                    self.deliverer = deliverer;
+                    self.deliverer = deliverer.with_names_of(&self.deliverer);
                     self.settings = Arc::new(settings);
                     self.schedule.set_settings(rules);
                 }
@@ -228,8 +228,8 @@ impl Relay {
             head: (self.store.reader(lane.head.slot()), self.schedule.backlog.offset(lane.head)),
             wait: lane
                 .retry
+                .filter(|_| lane.is_waiting)
                 .and_then(|retry| retry.due.checked_sub(now))
-                .filter(|_| !lane.in_flight)
                 .map(Duration::from_micros),
             last_error: self.lane_errors.get(&lane.id).cloned(),
             lane,

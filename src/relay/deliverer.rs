@@ -21,7 +21,7 @@ use rustls::pki_types::CertificateDer;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tower_service::Service;
 
-use super::dialer::{DialError, Dialer};
+use super::dialer::{Dialer, dial_error};
 use super::resolver::Resolver;
 use crate::clock;
 use crate::config::{Endpoint, UrlRule};
@@ -50,6 +50,7 @@ const OWN_HEADERS: usize = 8;
 pub struct Target {
     /// As configured.
     pub endpoint: Endpoint,
+    pub(super) rule: Arc<UrlRule>,
     connector: HttpsConnector<Dialer>,
     host: Option<HeaderValue>,
     /// Path and query of its URL.
@@ -195,6 +196,12 @@ impl Deliverer {
         Ok(Deliverer { tls: Arc::new(tls), resolver: Arc::new(Resolver::system()), user_agent, idle_places })
     }
 
+    /// With what another one knows of names: a reload forgets no address, nor the look-ups that hang.
+    #[must_use]
+    pub(super) fn with_names_of(self, other: &Deliverer) -> Deliverer {
+        Deliverer { resolver: Arc::clone(&other.resolver), ..self }
+    }
+
     /// A target without connections. Those of an old one go when it is dropped, and with them the rule they were made
     /// under.
     #[must_use]
@@ -213,10 +220,10 @@ impl Deliverer {
             .with_tls_config(tls)
             .https_or_http()
             .enable_http1()
-            .wrap_connector(Dialer { resolver: Arc::clone(&self.resolver), rule });
+            .wrap_connector(Dialer { resolver: Arc::clone(&self.resolver), rule: Arc::clone(&rule) });
         let own = Arc::new(Semaphore::new(endpoint.limits.concurrency as usize));
         let places = [own, Arc::clone(&self.idle_places)];
-        Target { endpoint, connector, host, path, idle: Mutex::new(Vec::new()), places }
+        Target { endpoint, rule, connector, host, path, idle: Mutex::new(Vec::new()), places }
     }
 
     /// Makes one attempt. `may_send` is asked right before the first byte; `None` if it says no. The body is held only
@@ -287,15 +294,15 @@ impl Deliverer {
         }
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
         headers.insert(header::USER_AGENT, self.user_agent.clone());
+        for (name, value) in &endpoint.headers {
+            headers.insert(name, value.clone());
+        }
         headers.insert(&WEBHOOK_TIMESTAMP, HeaderValue::from(timestamp));
         if let Some(keys) = &endpoint.signing {
             headers.insert(&WEBHOOK_SIGNATURE, text(keys.sign(&push.id, timestamp, &push.body))?);
         }
         headers.insert(&WEBHOOK_ID, text(push.id)?);
         headers.insert(&H5PUSH_ATTEMPT, HeaderValue::from(push.attempt));
-        for (name, value) in &endpoint.headers {
-            headers.insert(name, value.clone());
-        }
         let mut request = Request::new(Full::new(push.body));
         *request.method_mut() = hyper::Method::POST;
         *request.uri_mut() = target.path.clone();
@@ -332,12 +339,6 @@ async fn connect(target: &Target) -> Result<SendRequest<Full<Bytes>>, Seen> {
     Ok(sender)
 }
 
-/// The connector hands on what the dialer said, by itself or in an I/O error; anything else is of TLS.
-fn dial_error<'a>(error: &'a (dyn std::error::Error + Send + Sync + 'static)) -> Option<&'a DialError> {
-    let inner = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
-    error.downcast_ref().or_else(|| inner.and_then(|inner| inner.downcast_ref()))
-}
-
 /// What the IM server says to a survey: its body has a code.
 async fn survey_answer(
     target: &Arc<Target>,
@@ -362,7 +363,8 @@ async fn survey_answer(
         Ok(Err(error)) => return Seen { report: Report::Io, detail: Some(error) },
         Ok(Ok(())) => {}
     }
-    if sender.ready().await.is_ok() {
+    // An IM server that answers before it has read the request may never read the rest.
+    if let Ok(Ok(())) = tokio::time::timeout_at(deadline, sender.ready()).await {
         target.give_back(sender);
     }
     Report::survey(status, &text).into()

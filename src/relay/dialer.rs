@@ -18,8 +18,10 @@ use tower_service::Service;
 use super::resolver::Resolver;
 use crate::config::UrlRule;
 
-/// How long one of several addresses may take before the next has its turn.
+/// How long one of several addresses may take at most before the next has its turn.
 const ADDRESS_LIMIT: Duration = Duration::from_secs(3);
+/// How long all but the last may take together: less than `push.timeout` is by default.
+const OTHERS_LIMIT: Duration = Duration::from_secs(6);
 
 /// Why there is no connection.
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +48,12 @@ impl DialError {
     }
 }
 
+/// The connector hands on what the dialer said, by itself or in an I/O error; anything else is of TLS.
+pub(super) fn dial_error<'a>(error: &'a (dyn std::error::Error + Send + Sync + 'static)) -> Option<&'a DialError> {
+    let inner = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
+    error.downcast_ref().or_else(|| inner.and_then(|inner| inner.downcast_ref()))
+}
+
 /// Connects to the addresses of a host that the rule permits.
 #[derive(Clone)]
 pub(super) struct Dialer {
@@ -68,9 +76,11 @@ impl Dialer {
         let Some((last, others)) = permitted.split_last() else {
             return Err(forbidden.first().copied().map_or(DialError::NoHost, DialError::Forbidden));
         };
+        let limit =
+            OTHERS_LIMIT.checked_div(others.len() as u32).map_or(ADDRESS_LIMIT, |share| share.min(ADDRESS_LIMIT));
         for address in others {
             let connecting = TcpStream::connect(SocketAddr::new(*address, port));
-            if let Ok(Ok(stream)) = tokio::time::timeout(ADDRESS_LIMIT, connecting).await {
+            if let Ok(Ok(stream)) = tokio::time::timeout(limit, connecting).await {
                 return Ok(stream);
             }
         }

@@ -15,7 +15,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::task::JoinSet;
 
 use self::attempt::{Done, Flight, Job};
@@ -36,6 +36,11 @@ use crate::domain::schedule::{LaneId, Schedule, Start};
 use crate::metrics::{EndpointMetrics, Metrics};
 use crate::store::{Compacted, Item, Note, Notice, Position, Snapshot, Store};
 
+/// Room for what large pushes hold beyond their first [`FREE_BYTES`], over all attempts, KiB: receivers that do not read
+/// cost no more.
+const BODIES_KIB: usize = 16 << 10;
+/// So many bytes of a push need no room.
+const FREE_BYTES: usize = 16 << 10;
 /// Notices and reports taken at once.
 const BATCH: usize = 256;
 /// Attempts started at once. In between come those under way, so that no more of them wait for a busy processor than
@@ -74,6 +79,7 @@ pub struct Relay {
     /// Attempts in flight, to be told when they are withdrawn before they have begun to send.
     flights: HashMap<u32, Arc<Flight>>,
     attempts: JoinSet<Done>,
+    bodies: Arc<Semaphore>,
     burying: JoinSet<Vec<Buried>>,
     bury_not_before: u64,
     /// How often a lane's burial could not read its events.
@@ -121,6 +127,7 @@ impl Relay {
             endpoint_metrics: HashMap::new(),
             flights: HashMap::new(),
             attempts: JoinSet::new(),
+            bodies: Arc::new(Semaphore::new(BODIES_KIB)),
             burying: JoinSet::new(),
             bury_not_before: 0,
             unread: HashMap::new(),
@@ -143,10 +150,10 @@ impl Relay {
     }
 
     /// Takes endpoints over: what is new is there, what is gone gives up what waits for it. Connections of before are
-    /// used no more, having been made under the old rule.
+    /// used no more, having been made under the old rule; attempts that have not begun to send go to the new address.
     fn configure(&mut self, endpoints: &Endpoints, rule: &Arc<UrlRule>) {
         let now = clock::micros();
-        self.targets.clear();
+        let before = std::mem::take(&mut self.targets);
         for endpoint in endpoints.values().flatten() {
             self.schedule.put_endpoint(endpoint.name, endpoint.limits, now);
             // Its series are there from the start.
@@ -158,6 +165,17 @@ impl Relay {
         for name in gone {
             self.schedule.remove_endpoint(name);
             self.seen.forget(name);
+        }
+        for (name, old) in before {
+            let new = self.targets.get(&name);
+            let is_same_url = new.is_some_and(|new| new.endpoint.url == old.endpoint.url);
+            if !is_same_url || new.is_some_and(|new| new.rule != old.rule) {
+                self.flights.values().filter(|flight| flight.endpoint == name).for_each(|flight| flight.withdraw());
+            }
+            if !is_same_url {
+                self.schedule.forget_failures(name, now);
+                self.drop_hold(name);
+            }
         }
     }
 
@@ -300,7 +318,7 @@ impl Relay {
             return;
         };
         let events = self.places(&start.events);
-        let flight = Arc::new(Flight::default());
+        let flight = Arc::new(Flight::new(start.endpoint));
         self.flights.insert(start.lane, Arc::clone(&flight));
         let job = Job {
             lane: start.lane,
@@ -314,6 +332,7 @@ impl Relay {
             flight,
             hashing: self.store.hashing(),
             settings: Arc::clone(&self.settings),
+            bodies: Arc::clone(&self.bodies),
         };
         let deliverer = self.deliverer.clone();
         self.attempts.spawn(async move { job.run(&deliverer).await });

@@ -1,7 +1,10 @@
 //! Receivers' TLS: what is wrong with it, as a real server shows it.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
 
 use serde_json::json;
 
@@ -175,7 +178,7 @@ fn pushes_go_over_tls_to_a_receiver_whose_ca_is_trusted_and_to_no_other() {
     let endpoint = format!("[endpoints.12]\nurl = \"https://localhost:{port}/\"\n");
     let relay = Relay::start(&format!("{endpoint}[tls]\nextra_ca_file = {ca:?}\n"));
     relay.queue(&event("a", "m0"));
-    relay.wait_metric("h5push_messages_delivered_total", &[("endpoint", "12")], |count| count == 1.0);
+    relay.wait_metric("h5push_messages_delivered_total", &[], |count| count == 1.0);
     drop(relay);
     let wrong_name = format!("[endpoints.13]\nurl = \"https://127.0.0.1:{port}/\"\n");
     let relay = Relay::start(&format!("{endpoint}{wrong_name}"));
@@ -187,4 +190,74 @@ fn pushes_go_over_tls_to_a_receiver_whose_ca_is_trusted_and_to_no_other() {
         let labels = [("endpoint", name.as_str()), ("result", "tls")];
         relay.wait_metric("h5push_push_attempts_total", &labels, |count| count >= 1.0);
     }
+}
+
+/// Takes connections for `to`, and lets nothing through before it is told.
+fn held_back(to: SocketAddr) -> (SocketAddr, Arc<AtomicUsize>, mpsc::Sender<()>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let (release, released) = mpsc::channel::<()>();
+    let taken = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&taken);
+    std::thread::spawn(move || {
+        let (client, _) = listener.accept().unwrap();
+        counted.fetch_add(1, Ordering::SeqCst);
+        released.recv().ok();
+        let server = TcpStream::connect(to).unwrap();
+        let copies = [(client.try_clone(), server.try_clone()), (Ok(server), Ok(client))];
+        for (from, to) in copies {
+            let (mut from, mut to) = (from.unwrap(), to.unwrap());
+            std::thread::spawn(move || std::io::copy(&mut from, &mut to));
+        }
+    });
+    (address, taken, release)
+}
+
+#[test]
+fn a_push_that_is_still_connecting_when_its_address_changes_goes_to_the_new_one() {
+    if Command::new("openssl").arg("version").output().is_err() {
+        println!("SKIPPED: there is no openssl");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    openssl(
+        dir,
+        "req -x509 -newkey rsa:2048 -nodes -keyout own.key -out own.pem -days 30 -subj /CN=localhost -addext subjectAltName=DNS:localhost -addext basicConstraints=critical,CA:FALSE",
+    );
+    let old = free_address();
+    let said = dir.join("said");
+    let mut server = Command::new("openssl")
+        .args(["s_server", "-quiet", "-accept", &old.to_string(), "-cert", "own.pem", "-key", "own.key"])
+        .current_dir(dir)
+        .stdin(Stdio::piped())
+        .stdout(std::fs::File::create(&said).unwrap())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let heard = |what: &str| String::from_utf8_lossy(&std::fs::read(&said).unwrap()).contains(what);
+    let relay = Relay::start(&format!(
+        "[push]\nallow_networks = [\"127.0.0.0/8\"]\ntimeout = \"5s\"\n[tls]\nextra_ca_file = {:?}\n\
+         [backoff]\ninitial = \"50ms\"\nmax = \"100ms\"\n",
+        dir.join("own.pem")
+    ));
+    let put = |url: String| relay.done("PUT", "/v1/endpoints/12", &json!({ "url": url }));
+    // It listens, and shows what it hears; and hears one at a time.
+    put(format!("https://localhost:{}/", old.port()));
+    relay.queue(&event("b", "m0"));
+    wait_until("the old one hears", || heard("m0"));
+    let receiver = Receiver::start();
+    put(format!("http://{}/", receiver.address));
+    receiver.wait_delivered(1);
+    let (held, taken, release) = held_back(old);
+    put(format!("https://localhost:{}/", held.port()));
+    relay.queue(&event("a", "m1"));
+    wait_until("it connects", || taken.load(Ordering::SeqCst) == 1);
+    put(format!("http://{}/", receiver.address));
+    release.send(()).unwrap();
+    assert_eq!(receiver.wait_delivered(2), ["m0", "m1"]);
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(!heard("m1"));
+    server.kill().unwrap();
+    server.wait().unwrap();
 }

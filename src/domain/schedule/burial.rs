@@ -145,11 +145,23 @@ impl Schedule {
         }
     }
 
+    /// After events have left a lane that is being given up.
+    pub(super) fn bury_at_most_all(&mut self, lane_id: LaneId, now: u64) {
+        let Some(len) = self.lanes.get(lane_id).map(|lane| lane.len) else { return };
+        if len == 0 {
+            self.burying.remove(&lane_id);
+            self.make_ready(lane_id, now);
+        } else if let Some(burying) = self.burying.get_mut(&lane_id) {
+            burying.left = burying.left.min(len);
+        }
+    }
+
     /// How many of a lane's first `most` events are too old.
     pub(super) fn expired(&self, endpoint: u32, head: Handle, most: u32, second: u64) -> u32 {
         let Some(endpoint) = self.endpoints.get(endpoint as usize) else { return 0 };
         let age = |event: &Handle| endpoint.pauses.age(u64::from(self.backlog.second(*event)), second);
-        let too_old = |event: &Handle| age(event) >= self.settings.max_age_s;
+        // Both are whole seconds, cut off: never before its time.
+        let too_old = |event: &Handle| age(event) > self.settings.max_age_s;
         self.walk(head, most).take_while(too_old).count() as u32
     }
 
@@ -157,7 +169,7 @@ impl Schedule {
     pub(super) fn expire_ready(&mut self, id: u32, second: u64) {
         let max_age_s = self.settings.max_age_s;
         let Some(endpoint) = self.endpoint_mut(id) else { return };
-        if endpoint.ages.oldest().is_none_or(|oldest| endpoint.pauses.age(u64::from(oldest), second) < max_age_s) {
+        if endpoint.ages.oldest().is_none_or(|oldest| endpoint.pauses.age(u64::from(oldest), second) <= max_age_s) {
             return;
         }
         for is_tried in [false, true] {

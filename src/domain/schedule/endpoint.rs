@@ -226,6 +226,15 @@ impl Endpoint {
         }
     }
 
+    /// Is as at the start, as far as that is the receiver's doing.
+    pub(super) fn forget_failures(&mut self) {
+        self.throttles = 0;
+        self.down = None;
+        self.streak = Streak::default();
+        self.window = WINDOW_FIRST;
+        self.last_success = None;
+    }
+
     /// Notes a success. Says whether the endpoint was down and is up again.
     pub(super) fn succeeded(&mut self, now: u64) -> bool {
         self.successes += 1;

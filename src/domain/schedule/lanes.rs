@@ -93,7 +93,7 @@ impl Lanes {
         [
             ("lanes", self.lanes.capacity()),
             ("free lanes", self.free.capacity()),
-            ("lanes by key", self.index.capacity()),
+            ("lanes by key", self.index.num_buckets()),
             ("retries", self.retries.capacity()),
             ("free retries", self.free_retries.capacity()),
         ]

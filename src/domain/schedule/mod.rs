@@ -142,12 +142,22 @@ impl Schedule {
         let Some(id) = self.by_name.get(&name).copied() else { return };
         let Some(endpoint) = self.endpoint_mut(id) else { return };
         endpoint.held_until = 0;
+        endpoint.throttles = 0;
         if let Some(down) = endpoint.down.as_mut() {
             down.due = now;
         }
         let timers = std::mem::take(&mut endpoint.timers);
         self.requeue(id, timers.into_sorted_vec());
         self.touch(id, now);
+    }
+
+    /// Makes all lanes of an endpoint due: it is another receiver now, to which nothing that was seen of the old one
+    /// applies.
+    pub fn forget_failures(&mut self, name: EndpointName, now: u64) {
+        if let Some(endpoint) = self.by_name.get(&name).and_then(|id| self.endpoints.get_mut(*id as usize)) {
+            endpoint.forget_failures();
+        }
+        self.retry_now(name, now);
     }
 
     /// Takes a permit of an endpoint's rate for an attempt beside the lanes.
@@ -170,6 +180,8 @@ impl Schedule {
         let id = self.endpoint_id(name);
         let Some(endpoint) = self.endpoint_mut(id) else { return };
         endpoint.limits = None;
+        endpoint.held_until = 0;
+        endpoint.forget_failures();
         let mut waiting: Vec<LaneId> = endpoint.fresh.drain(..).chain(endpoint.tried.drain(..)).collect();
         waiting.extend(std::mem::take(&mut endpoint.timers).into_iter().map(|Reverse((_, lane))| lane));
         for lane in waiting {
@@ -218,8 +230,11 @@ impl Schedule {
         if ended < events.len() {
             self.drop_settled(lane_id);
         }
-        if lane.state == State::Waiting {
-            self.make_ready(lane_id, now);
+        match lane.state {
+            State::Waiting => self.make_ready(lane_id, now),
+            // Its endpoint is gone. What has ended is not to be given up.
+            State::Burying => self.bury_at_most_all(lane_id, now),
+            State::Free | State::Ready | State::Flying => {}
         }
     }
 

@@ -155,9 +155,15 @@ impl Schedule {
                 came_up.then_some(Breaker::CameUp)
             }
             Verdict::Throttled(wait) => {
-                endpoint.throttles = endpoint.throttles.saturating_add(1);
-                let wait = wait.unwrap_or_else(|| settings.delays.delay(endpoint.throttles, moment.dice));
-                endpoint.held_until = endpoint.held_until.max(hold(wait));
+                // The others of a wave say what the first one said already.
+                let is_first = endpoint.held_until <= moment.now;
+                if is_first {
+                    endpoint.throttles = endpoint.throttles.saturating_add(1);
+                }
+                let delay = || is_first.then(|| settings.delays.delay(endpoint.throttles, moment.dice));
+                if let Some(wait) = wait.or_else(delay) {
+                    endpoint.held_until = endpoint.held_until.max(hold(wait));
+                }
                 None
             }
             Verdict::Gone | Verdict::Rejected | Verdict::Refused | Verdict::Failed { .. } => {

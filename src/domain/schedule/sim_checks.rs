@@ -55,7 +55,7 @@ impl Sim {
                     DeathReason::Expired => {
                         let pauses = &self.pauses[self.endpoint_of(self.events[event].lane)];
                         let age = pauses.age(u64::from(self.events[event].second), self.now / SECOND);
-                        assert!(age >= settings().max_age_s, "{age} s is not too old");
+                        assert!(age > settings().max_age_s, "{age} s is not too old");
                     }
                     DeathReason::Buried => assert!(self.given_up.contains(&event), "nobody gave it up"),
                     DeathReason::Attempts | DeathReason::Gone | DeathReason::EndpointRemoved | DeathReason::Damaged => {

@@ -52,6 +52,8 @@ pub struct LaneView {
     pub events: u32,
     /// Whether a push is in flight.
     pub in_flight: bool,
+    /// Whether it waits for what its `retry` says.
+    pub is_waiting: bool,
     /// What is known of the push at its head, when that has failed.
     pub retry: Option<Retry>,
 }
@@ -67,6 +69,7 @@ impl Schedule {
                 head: lane.head,
                 events: lane.len,
                 in_flight: lane.state == State::Flying,
+                is_waiting: lane.state == State::Waiting,
                 retry: self.lanes.retry(id).copied(),
             })
         })
