@@ -14,13 +14,13 @@ use super::queue::{BLOCK_EVENTS, ID_ROW, IdEntry, IndexEntry, PositionRow, Queue
 use super::segment::{self, Frame};
 use super::state_log::StateLog;
 use super::{Inner, Position, lock, state};
-use crate::clock;
-use crate::domain::customer::Customer;
 use crate::domain::keys::HashKey;
 use crate::domain::schedule::Retry;
 
 /// State log bytes beyond which it may be written anew.
 const STATE_LOG_MIN: u64 = 16 << 20;
+/// About how many bytes of the state log a row stands for.
+const ROW_BYTES: usize = 150;
 /// Changes of customers and names that are gathered before their rows are changed.
 const CHANGES_MAX: usize = 8_192;
 
@@ -53,7 +53,6 @@ pub(super) struct Applier {
     state_from: Position,
     hashing: HashKey,
     dedupe_max: u64,
-    forget_after_s: u64,
     is_dirty: bool,
     pub damaged: u64,
 }
@@ -65,9 +64,9 @@ impl Applier {
         at: PositionRow,
         state_log: StateLog,
         state_from: Position,
-        settings: (HashKey, u64, u64),
+        settings: (HashKey, u64),
     ) -> Result<Applier, QueueError> {
-        let (hashing, dedupe_max, forget_after_s) = settings;
+        let (hashing, dedupe_max) = settings;
         let mut block = queue.block(at.segment, 0, at.block)?.unwrap_or_default();
         // Rows may be ahead of the position: that part is applied again.
         block.retain(|entry| entry.offset < at.offset);
@@ -86,7 +85,6 @@ impl Applier {
             state_from,
             hashing,
             dedupe_max,
-            forget_after_s,
             is_dirty: false,
             damaged: 0,
         })
@@ -139,11 +137,9 @@ impl Applier {
     pub(super) fn change_rows(&mut self, queue: &Queue) -> Result<(), QueueError> {
         let mut changes = std::mem::take(&mut self.changes);
         changes.sort_by_cached_key(|(change, _)| state::place(&self.hashing, change));
-        let (now_s, forget_after_s) = (clock::wall_ms() / 1_000, self.forget_after_s);
-        let is_forgotten = |other: &Customer| other.is_forgotten(now_s, forget_after_s);
         for (change, bytes) in &changes {
             // What it replaces was about as long.
-            let gone = state::apply(queue, &self.hashing, change, is_forgotten)?;
+            let gone = state::apply(queue, &self.hashing, change)?;
             self.state_log.dead += (gone * bytes) as u64;
         }
         self.end_events(queue)?;
@@ -326,9 +322,15 @@ impl Applier {
         Ok(())
     }
 
-    /// Writes the state log anew from the rows, when it has become much longer than needed.
+    /// Counts rows that are gone without a change that says so.
+    pub(super) fn count_gone(&mut self, rows: usize) {
+        self.state_log.dead += (rows * ROW_BYTES) as u64;
+    }
+
+    /// Writes the state log anew from the rows, when it has become much longer than needed, or a sync of it failed.
     pub(super) fn renew_state_log(&mut self, queue: &Queue, dir: &Path) -> Result<(), QueueError> {
-        if self.state_log.len < STATE_LOG_MIN || 2 * self.state_log.dead < self.state_log.len {
+        let is_long = self.state_log.len >= STATE_LOG_MIN && 2 * self.state_log.dead >= self.state_log.len;
+        if !is_long && !self.state_log.is_suspect {
             return Ok(());
         }
         self.rewrite_state_log(queue, dir)

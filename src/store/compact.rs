@@ -19,22 +19,24 @@ use crate::domain::keys::LaneKey;
 
 /// Segments rewritten after one checkpoint.
 const SEGMENTS_MAX: usize = 4;
+/// A segment that is being written.
+pub(super) const TEMPORARY: &str = "compacting";
 /// Bytes gathered before they are written.
 const CHUNK: usize = 1 << 20;
 
 /// Rewrites a few segments, when dead space has passed a third of the whole.
-/// Those that hold damage stay as they are, and are remembered.
+/// Those that hold damage stay as they are, and are remembered. Only segments `below` that number.
 pub(super) fn compact(
     inner: &Inner,
     queue: &Queue,
-    snapshot: &Snapshot,
+    (snapshot, below): (&Snapshot, u64),
     freed: &Freed,
     uncompactable: &mut HashSet<u64>,
 ) -> Result<(), QueueError> {
     let mut sizes: Vec<(u64, u64, &GroupMark)> = Vec::new();
     for mark in &snapshot.marks {
         let stays = freed.contains(&mark.segment) || uncompactable.contains(&mark.segment);
-        if mark.segment >= snapshot.position.segment || stays {
+        if mark.segment >= below || stays {
             continue;
         }
         let path = segment::path(&disk::journal_dir(&inner.settings.dir), mark.segment);
@@ -49,7 +51,12 @@ pub(super) fn compact(
         if dead * 3 < whole || dead < u64::from(inner.settings.segment_bytes) {
             break;
         }
-        if !rewrite(inner, queue, mark)? {
+        let rewritten = rewrite(inner, queue, mark);
+        if rewritten.is_err() {
+            // It takes room for nothing.
+            drop(std::fs::remove_file(disk::journal_dir(&inner.settings.dir).join(TEMPORARY)));
+        }
+        if !rewritten? {
             tracing::warn!(segment = mark.segment, "not compacted: a record of what waits in it does not read back");
             uncompactable.insert(mark.segment);
             continue;
@@ -73,7 +80,7 @@ fn rewrite(inner: &Inner, queue: &Queue, mark: &GroupMark) -> Result<bool, Queue
         return Ok(true);
     };
     let dir = disk::journal_dir(&inner.settings.dir);
-    let temporary = dir.join("compacting");
+    let temporary = dir.join(TEMPORARY);
     let file = File::options().read(true).write(true).create(true).truncate(true).open(&temporary)?;
     let generation = old.generation + 1;
     let mut copy = Copy { segment: mark.segment, file: &file, buffer: Vec::new(), written: 0 };
@@ -103,8 +110,10 @@ fn rewrite(inner: &Inner, queue: &Queue, mark: &GroupMark) -> Result<bool, Queue
     copy.write()?;
     let len = copy.written as u32;
     file.sync_all()?;
-    for (block, entries) in events.chunks(BLOCK_EVENTS).enumerate() {
-        let entries: Vec<IndexEntry> = entries.iter().map(|(entry, _)| *entry).collect();
+    // The last block is not full: there may be rows of a try that a crash cut off.
+    for block in 0..=events.len() / BLOCK_EVENTS {
+        let entries = events.iter().skip(block * BLOCK_EVENTS).take(BLOCK_EVENTS);
+        let entries: Vec<IndexEntry> = entries.map(|(entry, _)| *entry).collect();
         queue.put_block(mark.segment, generation, block as u32, &entries)?;
     }
     std::fs::rename(&temporary, segment::path(&dir, mark.segment))?;

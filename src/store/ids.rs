@@ -43,8 +43,8 @@ impl Ids {
         self.first + self.keys.len() as u64
     }
 
-    /// Adds a key; the oldest makes room.
-    pub(super) fn push(&mut self, key: EventKey, second: u32) {
+    /// Adds a key; the oldest makes room. Answers the number that it had before, for `pop_back`.
+    pub(super) fn push(&mut self, key: EventKey, second: u32) -> Option<u32> {
         self.expire(u64::from(second));
         while self.keys.len() >= self.max.max(1) {
             self.pop_front();
@@ -52,7 +52,8 @@ impl Ids {
         let number = self.next_number() as u32;
         let key = halves(key);
         // A replayed event has its key again: the newest counts.
-        if let Some(before) = self.find(key) {
+        let before = self.find(key);
+        if let Some(before) = before {
             self.forget(key, before);
         }
         self.keys.push_back(key);
@@ -61,15 +62,21 @@ impl Ids {
         }
         let (keys, first) = (&self.keys, self.first as u32);
         self.table.insert_unique(key[0], number, |number| at(keys, first, *number)[0]);
+        before
     }
 
-    /// Takes back the last key, of a request that could not be stored.
-    pub(super) fn pop_back(&mut self) {
+    /// Takes back the last key, of a request that could not be stored; `before` is what pushing it answered.
+    pub(super) fn pop_back(&mut self, before: Option<u32>) {
         let Some(key) = self.keys.back().copied() else { return };
         self.forget(key, (self.next_number() - 1) as u32);
         self.keys.pop_back();
         if self.keys.is_empty() || self.seconds.back().is_some_and(|(first, _)| *first == self.next_number()) {
             self.seconds.pop_back();
+        }
+        // Unless it has made room meanwhile.
+        if let Some(before) = before.filter(|before| at(&self.keys, self.first as u32, *before) == key) {
+            let (keys, first) = (&self.keys, self.first as u32);
+            self.table.insert_unique(key[0], before, |number| at(keys, first, *number)[0]);
         }
     }
 
@@ -131,12 +138,12 @@ mod tests {
         }
         let held: Vec<u128> = (0..6).filter(|n| ids.contains(n << 64 | n)).collect();
         assert_eq!(held, [2, 3, 4]);
-        ids.pop_back();
+        ids.pop_back(None);
         assert!(!ids.contains(4 << 64 | 4) && ids.contains(3 << 64 | 3));
         // The row of a second goes with its last key, also when its first has made room before.
         let mut few = Ids::new(2, 10);
-        (0..3).for_each(|key| few.push(key, 100));
-        (0..2).for_each(|_| few.pop_back());
+        (0..3).for_each(|key| assert_eq!(few.push(key, 100), None));
+        (0..2).for_each(|_| few.pop_back(None));
         few.expire(1_000);
         assert!(few.seconds.is_empty());
         ids.push(9, 111);
@@ -148,21 +155,23 @@ mod tests {
     fn it_agrees_with_a_plain_list() {
         let mut rng = fastrand::Rng::with_seed(5);
         let mut ids = Ids::new(50, 1_000);
-        let mut model: VecDeque<(u128, u32)> = VecDeque::new();
+        // With what pushing answered: a replayed event has its key again.
+        let mut model: VecDeque<(u128, u32, Option<u32>)> = VecDeque::new();
         for round in 0..5_000 {
             let key = u128::from(rng.u64(0..200));
-            if rng.u8(0..5) == 0 && !model.is_empty() {
-                ids.pop_back();
-                model.pop_back();
-            } else if !ids.contains(key) {
-                ids.push(key, round / 7);
-                model.push_back((key, round / 7));
+            if rng.u8(0..5) == 0
+                && let Some((_, _, before)) = model.pop_back()
+            {
+                ids.pop_back(before);
+            } else if !ids.contains(key) || rng.u8(0..4) == 0 {
+                let before = ids.push(key, round / 7);
+                model.push_back((key, round / 7, before));
                 if model.len() > 50 {
                     model.pop_front();
                 }
             }
             for key in 0..200 {
-                let second = model.iter().find(|(other, _)| *other == key).map(|(_, second)| *second);
+                let second = model.iter().rev().find(|(other, ..)| *other == key).map(|(_, second, _)| *second);
                 assert_eq!(ids.number(key).map(|(_, second)| second), second);
             }
             assert!(ids.seconds.len() <= ids.keys.len());

@@ -9,11 +9,13 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::admission::{Request, Staged};
 use super::codec::{self, Opened, Record};
 use super::segment;
 use super::{Position, Segments};
+use crate::clock;
 use crate::domain::backlog::{PLACES_MAX, first_seq};
 use crate::domain::endpoint::EndpointName;
 use crate::domain::keys::LaneKey;
@@ -52,7 +54,6 @@ pub(super) struct Written {
     /// Where the group ends.
     pub end: Position,
     file: Arc<File>,
-    start: u32,
 }
 
 /// A segment that has been begun.
@@ -74,7 +75,7 @@ struct Active {
     events: u32,
 }
 
-/// The writer. One lock around it, held for a write(2), never for a sync.
+/// The writer. One lock around it, held for a write(2); for a sync only where a segment begins.
 #[derive(Debug)]
 pub(super) struct Writer {
     dir: PathBuf,
@@ -85,11 +86,17 @@ pub(super) struct Writer {
     previous: Option<(u64, u32)>,
     /// Settlements that could not be written yet.
     owed: Vec<Vec<u8>>,
+    /// Not written again before this, but with a group.
+    owes_until: Duration,
     buffer: Vec<u8>,
 }
 
+/// How often settlements that the disk does not take are tried again.
+const OWED_AGAIN: Duration = Duration::from_secs(1);
 /// The next segment, created ahead.
 pub(super) const SPARE: &str = "spare";
+/// The next segment, while it is created.
+pub(super) const SPARE_NEW: &str = "spare.new";
 
 impl Writer {
     pub(super) fn new(
@@ -107,6 +114,7 @@ impl Writer {
             next_number,
             previous,
             owed: Vec::new(),
+            owes_until: Duration::ZERO,
             buffer: Vec::new(),
         }
     }
@@ -161,8 +169,8 @@ impl Writer {
             }
             if let Err(error) = active.file.sync_data() {
                 // What was noted behind the last group may be gone though the next sync would say that all is well.
-                let (number, end) = (active.number, active.synced.max(active.begin));
-                self.give_up(number, end);
+                let number = active.number;
+                self.give_up(number);
                 return Err(error);
             }
             active.file.set_len(u64::from(active.len))?;
@@ -232,8 +240,9 @@ impl Writer {
         active.len += self.buffer.len() as u32;
         active.events = count;
         self.owed.clear();
+        self.owes_until = Duration::ZERO;
         let end = Position { segment: active.number, offset: active.len };
-        Ok(Written { events, end, file: Arc::clone(&active.file), start })
+        Ok(Written { events, end, file: Arc::clone(&active.file) })
     }
 
     /// Notes that a group was synced.
@@ -243,13 +252,15 @@ impl Writer {
         }
     }
 
-    /// Gives a segment up whose sync failed: its page cache is not to be trusted, so it ends before the group.
+    /// Gives the segment of a group up whose sync failed.
     pub(super) fn abandon(&mut self, written: &Written) {
-        self.give_up(written.end.segment, written.start);
+        self.give_up(written.end.segment);
     }
 
-    fn give_up(&mut self, segment: u64, end: u32) {
+    /// Gives a segment up whose sync failed: its page cache is not to be trusted, so it ends where it was synced last.
+    fn give_up(&mut self, segment: u64) {
         if let Some(active) = self.active.take_if(|active| active.number == segment) {
+            let end = active.synced.max(active.begin);
             // What was noted since the last sync, within the group or behind it, is noted again: twice does no harm.
             let mut noted = Vec::new();
             let keep = |frame: &segment::Frame| {
@@ -272,13 +283,27 @@ impl Writer {
     /// segment they wait for one.
     pub(super) fn note(&mut self, bodies: Vec<Vec<u8>>) -> io::Result<()> {
         self.owed.extend(bodies);
+        // All of it is written at once: not at every turn while the disk takes nothing.
+        if clock::monotonic() < self.owes_until { Ok(()) } else { self.write_owed() }
+    }
+
+    /// Whether something could not be written yet.
+    pub(super) fn owes(&self) -> bool {
+        !self.owed.is_empty()
+    }
+
+    /// Writes what could not be written yet.
+    pub(super) fn write_owed(&mut self) -> io::Result<()> {
         let Some(active) = self.active.as_mut() else { return Ok(()) };
         self.buffer.clear();
         for body in &self.owed {
             let offset = active.len + self.buffer.len() as u32;
             codec::write_frame(&mut self.buffer, active.number, offset, active.synced, 0, body);
         }
-        write_or_cut(&active.file, &self.buffer, active.len)?;
+        if let Err(error) = write_or_cut(&active.file, &self.buffer, active.len) {
+            self.owes_until = clock::monotonic() + OWED_AGAIN;
+            return Err(error);
+        }
         active.len += self.buffer.len() as u32;
         self.owed.clear();
         Ok(())

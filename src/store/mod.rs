@@ -134,6 +134,8 @@ struct Inner {
     queue: RwLock<Option<Arc<Queue>>>,
     /// Which directory of the queue's is in use.
     queue_number: AtomicU64,
+    /// Somebody met damage in the queue: it is to be built anew.
+    queue_is_damaged: AtomicBool,
     /// By how much the numbers of idempotency keys are ahead of those in the queue's rows, since those were built anew.
     ids_without_rows: AtomicU64,
     dead: Mutex<DeadLetters>,
@@ -331,6 +333,9 @@ impl Inner {
 
     fn queue_failed(&self, op: &'static str, error: &QueueError) -> Refusal {
         self.failed(op, error);
+        if error.is_damage() {
+            self.queue_is_damaged.store(true, Ordering::SeqCst);
+        }
         Refusal::DiskLow
     }
 }

@@ -6,7 +6,7 @@ use tokio::sync::mpsc;
 
 use super::queue;
 use super::*;
-use crate::domain::customer::{Hearing, NameKind};
+use crate::domain::customer::{Hearing, NameKind, Toggle};
 use crate::domain::endpoint::Plugin;
 use crate::domain::event::Event;
 use crate::domain::keys::LaneKey;
@@ -167,13 +167,23 @@ impl Play {
     }
 
     fn hear(&mut self) {
-        let Some((_, _, notices)) = self.open.as_mut() else { return };
+        let Some((store, _, notices)) = self.open.as_mut() else { return };
         while let Ok(notice) = notices.try_recv() {
             match notice {
                 Notice::SegmentBegun { slot, segment } => self.schedule.backlog.open(slot, segment),
                 Notice::Durable { items, end, answers } => {
                     for item in items {
-                        let Item::Appended(event) = item else { continue };
+                        let event = match item {
+                            Item::Appended(event) => event,
+                            // What the relay notes of it afterwards is lost in the crash that follows.
+                            Item::Withdraw(customer) => {
+                                for (_, lane) in store.hashing().lanes(customer.plugin, &customer.web_token) {
+                                    self.schedule.withdraw(lane, u64::MAX, self.now);
+                                }
+                                customer.done.send(0).unwrap();
+                                continue;
+                            }
+                        };
                         let backlog = &mut self.schedule.backlog;
                         let handle = backlog.append(event.slot, None, event.offset, event.second, event.len).unwrap();
                         self.schedule.appended(handle, event.lane, event.endpoint, self.now);
@@ -313,13 +323,33 @@ impl Play {
         }
     }
 
-    fn restart(&mut self) {
-        let crashes = self.rng.bool();
-        let (store, threads, notices) = self.open.take().unwrap();
+    /// Switches a customer off, or forgets it: a crash right after the answer brings nothing of theirs back.
+    fn end_and_crash(&mut self) {
+        let store = self.store();
+        let lane = self.rng.usize(0..LANES);
+        let customer = format!("c{lane}");
+        for id in self.model.remove(&lane).unwrap_or_default() {
+            (self.tell)(Told::Ended(&id));
+        }
+        if self.rng.bool() || self.names.contains_key(&lane) {
+            self.switch(&store, &customer, Toggle::Off);
+        } else {
+            self.wait_for(store.forget(Some(Plugin::NONE), &customer, 1_000)).unwrap();
+        }
+        drop(store);
+        self.restart(true);
+        self.switch(&self.store(), &customer, Toggle::On);
+    }
+
+    fn switch(&mut self, store: &Store, customer: &str, toggle: Toggle) {
+        let hearing = Hearing { toggle: Some(toggle), ..Hearing::default() };
+        self.wait_for(store.change_customer(Plugin::NONE, customer, &hearing, false, 1_000)).unwrap();
+    }
+
+    fn restart(&mut self, crashes: bool) {
+        let (store, threads, mut notices) = self.open.take().unwrap();
         let ending = std::thread::spawn(move || if crashes { store.crash(threads) } else { store.end(threads) });
-        self.open = None;
         // The relay answers until the end.
-        let mut notices = notices;
         while !ending.is_finished() {
             if let Ok(Notice::Snapshot(reply)) = notices.try_recv() {
                 let marks = self.schedule.backlog.marks().collect();
@@ -338,7 +368,9 @@ impl Play {
     pub(super) fn step(&mut self) -> bool {
         let what = self.rng.u8(0..40);
         match what {
-            0 => self.restart(),
+            0 => self.restart(false),
+            22 => self.restart(true),
+            21 => self.end_and_crash(),
             1 => self.withdraw(),
             18..=20 => self.name(),
             2..=16 => self.post(),
@@ -346,7 +378,7 @@ impl Play {
             _ => self.deliver(),
         }
         self.hear();
-        what == 0
+        matches!(what, 0 | 21 | 22)
     }
 }
 
@@ -354,14 +386,12 @@ impl Play {
 fn the_store_agrees_with_a_model_over_crashes_stops_checkpoints_and_compactions() {
     let (mut compactions, mut removals, mut restarts, mut copies) = (0, 0, 0, 0);
     for seed in 0..12 {
-        println!("seed {seed}");
         let dir = tempfile::tempdir().unwrap();
         let mut play = Play::new(seed, dir.path().to_owned(), |_| ());
         for _ in 0..400 {
             restarts += u32::from(play.step());
         }
-        let store = play.store();
-        assert_eq!(waiting(&play.schedule, &store), play.model);
+        assert_eq!(waiting(&play.schedule, &play.store()), play.model);
         compactions += play.compactions;
         removals += play.removals;
         copies += queue::highest(dir.path());

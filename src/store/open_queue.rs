@@ -23,6 +23,8 @@ pub(super) struct Opener<'a> {
     pub hashing: HashKey,
     /// Not a further try after an error.
     pub is_start: bool,
+    /// Known not to read back, though it may open.
+    pub is_damaged: bool,
 }
 
 /// A queue whose rows are applied up to the end of the journal.
@@ -46,7 +48,12 @@ impl Opener<'_> {
         let dir = queue::path(&self.settings.dir, number);
         let needed = self.checkpoint.map(|checkpoint| checkpoint.position);
         if dir.exists() {
-            match self.resume(number, needed, &apply_rest) {
+            let resumed = if self.is_damaged {
+                Err(QueueError::Damaged("it did not read back"))
+            } else {
+                self.resume(number, needed, &apply_rest)
+            };
+            match resumed {
                 Ok((queue, applier)) => return Ok(Opened { queue, applier, is_new: false }),
                 // Nothing is wrong with it, or maybe only for the moment.
                 Err(error) if error.is_no_space() || (!self.is_start && error.is_of_a_file()) => return Err(error),
@@ -83,6 +90,9 @@ impl Opener<'_> {
             return Err(QueueError::Damaged("it is older than the checkpoint"));
         }
         let state_log = StateLog::open(&self.settings.dir, &at)?;
+        // What a start reads besides must be whole too.
+        queue.settings()?;
+        queue.nonces()?;
         let mut applier = Applier::resume(&queue, at, state_log, Position::default(), self.applier_settings())?;
         apply_rest(&queue, &mut applier)?;
         applier.commit(&queue)?;
@@ -107,7 +117,7 @@ impl Opener<'_> {
                 let apply = |frame: &segment::Frame| {
                     let Some(Record::State(change)) = Record::decode(frame.body()) else { return };
                     if result.is_ok() {
-                        result = state::apply(&queue, &self.hashing, &change, |_| false).map(drop);
+                        result = state::apply(&queue, &self.hashing, &change).map(drop);
                     }
                 };
                 // What came after the checkpoint is in the journal, and written again from there. Without a checkpoint
@@ -135,6 +145,8 @@ impl Opener<'_> {
         let mut applier = Applier::resume(&queue, at, state_log, from, self.applier_settings())?;
         apply_rest(&queue, &mut applier)?;
         if damaged > 0 {
+            // It is written from the rows: all that was read must be in them.
+            applier.commit(&queue)?;
             applier.rewrite_state_log(&queue, &self.settings.dir)?;
         }
         applier.commit(&queue)?;
@@ -142,9 +154,9 @@ impl Opener<'_> {
         Ok((Arc::new(queue), applier))
     }
 
-    fn applier_settings(&self) -> (HashKey, u64, u64) {
+    fn applier_settings(&self) -> (HashKey, u64) {
         let rules = &self.settings.rules;
-        (self.hashing, rules.dedupe_max as u64, rules.forget_after_s)
+        (self.hashing, rules.dedupe_max as u64)
     }
 }
 
@@ -168,12 +180,14 @@ pub(super) fn reopen(inner: &Inner) -> Result<(Arc<Queue>, Applier), QueueError>
         checkpoint: checkpoint.as_ref(),
         hashing: inner.hashing(),
         is_start: false,
+        is_damaged: inner.queue_is_damaged.load(Ordering::SeqCst),
     };
     let durable = *inner.durable.lock().unwrap_or_else(PoisonError::into_inner);
     let number = inner.queue_number.load(Ordering::Relaxed);
     let opened = opener.open(number, |queue, applier| advance(inner, applier, queue, durable))?;
     if opened.is_new {
         renumber_ids(inner, &opened)?;
+        inner.queue_is_damaged.store(false, Ordering::SeqCst);
     }
     Ok((opened.queue, opened.applier))
 }

@@ -138,7 +138,7 @@ pub(super) fn scan(
     Ok(scan)
 }
 
-/// Like [`scan`], for a stretch that is known to be synced up to `to`: whatever is bad there is damage.
+/// Like [`scan`], for a stretch that is known to be synced up to `to`: whatever is bad there is damage, zeros too.
 pub(super) fn scan_synced(
     file: &File,
     segment: u64,
@@ -148,12 +148,16 @@ pub(super) fn scan_synced(
 ) -> io::Result<Scan> {
     let mut damaged = Vec::new();
     let file_len = file.metadata()?.len();
+    let mut end = from;
     walk(file, segment, from, file_len.min(u64::from(to)), &mut |found| match found {
-        Found::Frame(frame) => visit(&frame),
+        Found::Frame(frame) => {
+            end = frame.header.offset + frame.header.frame_len() as u32;
+            visit(&frame);
+        }
         Found::Bad(offset) => damaged.push(offset),
     })?;
-    if file_len < u64::from(to) && damaged.last().is_none_or(|last| u64::from(*last) < file_len) {
-        damaged.push(file_len as u32);
+    if end < to && damaged.last().is_none_or(|last| *last < end) {
+        damaged.push(end);
     }
     Ok(Scan { valid_len: to, damaged, is_torn: false })
 }

@@ -25,6 +25,8 @@ pub(super) struct StateLog {
     pub dead: u64,
     /// Up to where it is on stable storage.
     synced: u64,
+    /// A sync of it failed: it is to be written anew.
+    pub is_suspect: bool,
 }
 
 impl StateLog {
@@ -55,7 +57,7 @@ impl StateLog {
         let file = File::options().read(true).write(true).create(true).truncate(false).open(path)?;
         file.set_len(len)?;
         segment::sync_dir(dir)?;
-        Ok(StateLog { number, len, file, buffer: Vec::new(), dead: at.state_dead, synced: 0 })
+        Ok(StateLog { number, len, file, buffer: Vec::new(), dead: at.state_dead, synced: 0, is_suspect: false })
     }
 
     /// Answers how many bytes it takes.
@@ -74,10 +76,13 @@ impl StateLog {
     /// Syncs what was written since the last time.
     pub(super) fn sync(&mut self) -> io::Result<()> {
         if self.synced < self.len {
-            self.file.sync_data()?;
+            let synced = self.file.sync_data();
+            self.is_suspect |= synced.is_err();
+            synced?;
             self.synced = self.len;
         }
-        Ok(())
+        // The next sync of the same file may say that all is well.
+        if self.is_suspect { Err(io::Error::other("an earlier sync of the state log failed")) } else { Ok(()) }
     }
 
     pub(super) fn write(&mut self) -> io::Result<()> {

@@ -34,7 +34,7 @@ impl Inner {
             Err(error) => {
                 // Room for just this is held ready.
                 disk::release_reserve(&self.settings.dir);
-                if let Err(error) = writer.note(Vec::new()) {
+                if let Err(error) = writer.write_owed() {
                     self.failed("append", &error);
                 }
                 self.failed("append", &error);

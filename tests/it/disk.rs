@@ -60,6 +60,12 @@ fn delivered_after_a_kill(relay: Relay, receiver: &Receiver, text: &str, count: 
 
 const QUICK: &str = "[backoff]\ninitial = \"50ms\"\nmax = \"100ms\"\n";
 
+fn timed(act: impl FnOnce()) -> Duration {
+    let begun = Instant::now();
+    act();
+    begun.elapsed()
+}
+
 #[test]
 fn a_sync_that_fails_is_made_good_or_the_event_is_refused() {
     let Some(disk) = Faulty::new() else { return };
@@ -142,6 +148,34 @@ fn a_disk_that_takes_seconds_a_sync_delays_the_202_and_nothing_else() {
     assert!(posted > Duration::from_secs(2), "{posted:?}");
     disk.works();
     assert_eq!(receiver.wait_delivered(2), ["m0", "m1"]);
+}
+
+#[test]
+fn who_says_what_is_on_its_way_already_waits_for_it_too() {
+    let Some(disk) = Faulty::new() else { return };
+    let receiver = Receiver::start();
+    let relay = disk.start(&config(receiver.address, ""));
+    relay.queue(&event("a", "m0"));
+    disk.fails("slow 3000");
+    let customer = json!({ "web_token": "a", "im_web_plugin_id": 12, "toggle": "on" });
+    let mut suppressed = event("b", "m1");
+    suppressed["h5push"] = json!(false);
+    std::thread::scope(|scope| {
+        let first = [scope.spawn(|| relay.put_customer(&customer)), scope.spawn(|| relay.post(&suppressed))];
+        std::thread::sleep(Duration::from_millis(500));
+        // Nothing is new in these, and nothing of it is on stable storage yet.
+        let again = [
+            scope.spawn(|| timed(|| drop(relay.put_customer(&customer)))),
+            scope.spawn(|| timed(|| drop(relay.toggle("web_token=a&im_web_plugin_id=12&h5push=true")))),
+            scope.spawn(|| timed(|| drop(relay.post(&suppressed)))),
+        ];
+        for again in again {
+            let took = again.join().unwrap();
+            assert!(took > Duration::from_secs(1), "{took:?}");
+        }
+        first.into_iter().for_each(|first| assert!(first.join().unwrap().status < 300));
+    });
+    disk.works();
 }
 
 /// A small file system in memory; `None`, said aloud, where it cannot be mounted.

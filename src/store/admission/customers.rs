@@ -33,6 +33,7 @@ impl Admission {
         if must_exist && self.known(plugin, web_token, now_s).is_none() {
             return Ok(Step::Done(None));
         }
+        let rests = self.rests_on_undurable(plugin, web_token, hearing);
         let (after, changes) = self.hear(plugin, web_token, hearing, now_s);
         let (done, receiver) = oneshot::channel();
         let mut request = self.begin(done);
@@ -40,11 +41,11 @@ impl Admission {
         if let Some(done) = withdraw.filter(|_| after.toggle == Toggle::Off) {
             request.withdraw.push(WithdrawCustomer { plugin, web_token: web_token.to_owned(), done });
         }
-        let ticket = self.stage(request).then_some(Ticket { done: receiver });
+        let ticket = self.stage(request, rests).then_some(Ticket { done: receiver });
         Ok(Step::Done(Some((after, ticket))))
     }
 
-    /// Stages that a customer is forgotten at some plugins.
+    /// Stages that a customer is forgotten at some plugins, where it need not be known: what waits is withdrawn.
     ///
     /// # Errors
     /// The request is refused, and nothing changed.
@@ -63,8 +64,9 @@ impl Admission {
         let (done, receiver) = oneshot::channel();
         let mut request = self.begin(done);
         for plugin in plugins {
-            let mut changes = vec![StateChange::DropCustomer { plugin: *plugin, web_token: web_token.to_owned() }];
+            let mut changes = Vec::new();
             if let Some(StateValue::Customer(Some(customer))) = self.cache.get(&key(plugin)).cloned() {
+                changes.push(StateChange::DropCustomer { plugin: *plugin, web_token: web_token.to_owned() });
                 for kind in [NameKind::Customer, NameKind::Sdk] {
                     changes.extend(customer.name(kind).map(|name| name_change(kind, *plugin, name, None)));
                 }
@@ -73,7 +75,7 @@ impl Admission {
             let (web_token, done) = (web_token.to_owned(), withdraw());
             request.withdraw.push(WithdrawCustomer { plugin: *plugin, web_token, done });
         }
-        let ticket = self.stage(request).then_some(Ticket { done: receiver });
+        let ticket = self.stage(request, false).then_some(Ticket { done: receiver });
         Ok(Step::Done(ticket))
     }
 
@@ -86,6 +88,13 @@ impl Admission {
             }
             Some(StateValue::Customer(None) | StateValue::Name(_)) | None => None,
         }
+    }
+
+    /// Whether what is known of a customer comes of a request that may yet fail.
+    pub(super) fn rests_on_undurable(&self, plugin: Plugin, web_token: &str, hearing: &Hearing) -> bool {
+        let customer = StateKey::Customer(plugin, web_token.to_owned());
+        let named = names(hearing).map(|(kind, name)| StateKey::Name(kind, plugin, name.to_owned()));
+        std::iter::once(customer).chain(named).any(|key| self.cache.changed_by(&key) > self.durable_ticket)
     }
 
     /// Which rows must be in the cache before a request about this customer can be decided.

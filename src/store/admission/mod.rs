@@ -21,6 +21,7 @@ use super::state::{StateCache, StateKey};
 use super::{Position, Replay};
 use crate::domain::customer::Toggle;
 use crate::domain::endpoint::EndpointName;
+use crate::domain::event::Event;
 use crate::domain::gate::{self, Suppressed};
 use crate::domain::keys::EventKey;
 
@@ -40,6 +41,8 @@ pub(super) struct Admission {
     pub is_writer_idle: bool,
     undurable: HashSet<EventKey>,
     next_ticket: u64,
+    /// The last request that is on stable storage.
+    durable_ticket: u64,
     waiting: u64,
     waiting_by_endpoint: HashMap<EndpointName, u64>,
     /// Where the journal ends after each request that the queue has not taken yet.
@@ -60,6 +63,7 @@ impl Admission {
             is_writer_idle: false,
             undurable: HashSet::new(),
             next_ticket: 1,
+            durable_ticket: 0,
             waiting: 0,
             waiting_by_endpoint: HashMap::new(),
             unapplied: VecDeque::new(),
@@ -113,6 +117,8 @@ impl Admission {
         self.ids.expire(now_s);
         let (done, receiver) = oneshot::channel();
         let mut request = self.begin(done);
+        let rests = |event: &Event<'_>| self.rests_on_undurable(event.plugin, &event.web_token, &event.hearing);
+        let rests = posts.iter().any(|post| post.endpoint.is_some() && rests(post.event));
         let mut posted = Vec::with_capacity(posts.len());
         let mut fate_of = Vec::new();
         for post in posts {
@@ -123,7 +129,7 @@ impl Admission {
             self.put_back(request);
             return Err(Refusal::OutboxFull);
         }
-        let ticket = self.stage(request).then_some(Ticket { done: receiver });
+        let ticket = self.stage(request, rests).then_some(Ticket { done: receiver });
         Ok(Step::Done(Judged { posted, ticket, fate_of }))
     }
 
@@ -165,10 +171,10 @@ impl Admission {
 
     fn append(&mut self, request: &mut Request, key: EventKey, event: Staged) {
         if let Staged::Event { endpoint, second, .. } = &event {
-            self.ids.push(key, *second);
+            let before = self.ids.push(key, *second);
             self.undurable.insert(key);
             self.count_waiting(*endpoint, 1);
-            request.keys.push(key);
+            request.keys.push((key, before));
             request.endpoints.push(*endpoint);
             request.staged.push(event);
         }
@@ -197,7 +203,7 @@ impl Admission {
         let (done, receiver) = oneshot::channel();
         let mut request = self.begin(done);
         self.append(&mut request, key, event);
-        Ok(self.stage(request).then_some(Ticket { done: receiver }))
+        Ok(self.stage(request, false).then_some(Ticket { done: receiver }))
     }
 
     /// Stages dead letters that are put back, as far as their customers are not switched off and their endpoints not
@@ -239,7 +245,7 @@ impl Admission {
         if !replayed.is_empty() {
             request.staged.push(Staged::Other(Record::Gone(replayed.clone()).encode()));
         }
-        let ticket = self.stage(request).then_some(Ticket { done: receiver });
+        let ticket = self.stage(request, false).then_some(Ticket { done: receiver });
         Ok(Step::Done((replayed, ticket)))
     }
 
@@ -254,7 +260,7 @@ impl Admission {
         if !ids.is_empty() {
             request.staged.push(Staged::Other(Record::Gone(ids.to_vec()).encode()));
         }
-        Ok(self.stage(request).then_some(Ticket { done: receiver }))
+        Ok(self.stage(request, false).then_some(Ticket { done: receiver }))
     }
 
     /// Stages a setting.
@@ -272,7 +278,7 @@ impl Admission {
         request.undo.push(Undo::Setting { key: key.to_owned(), before });
         let change = StateChange::Setting { key: key.to_owned(), value };
         request.staged.push(Staged::Other(Record::State(change).encode()));
-        Ok(self.stage(request).then_some(Ticket { done: receiver }))
+        Ok(self.stage(request, false).then_some(Ticket { done: receiver }))
     }
 
     /// Uses a nonce up; `None` when it was used before, or too many are remembered.
@@ -288,7 +294,7 @@ impl Admission {
         let mut request = self.begin(done);
         request.undo.push(Undo::Nonce(key));
         request.staged.push(Staged::Other(Record::State(StateChange::Nonce { key, until_s }).encode()));
-        Ok(self.stage(request).then_some(Ticket { done: receiver }))
+        Ok(self.stage(request, false).then_some(Ticket { done: receiver }))
     }
 
     /// What became of an event whose duplicate waits: `None` while it is not known.
@@ -309,11 +315,12 @@ impl Admission {
     /// Requests that were written end there, and are durable.
     pub(super) fn durable(&mut self, requests: &[Request], end: Position) {
         for request in requests {
-            for key in &request.keys {
+            for (key, _) in &request.keys {
                 self.undurable.remove(key);
             }
         }
         if let Some(last) = requests.last() {
+            self.durable_ticket = last.ticket;
             self.unapplied.push_back((end, last.ticket));
         }
     }
@@ -362,9 +369,10 @@ impl Admission {
         }
     }
 
-    /// Hands a request on; says whether there is anything to wait for.
-    fn stage(&mut self, request: Request) -> bool {
-        let has_work = !request.staged.is_empty() || !request.withdraw.is_empty();
+    /// Hands a request on; says whether there is anything to wait for. `rests`: it was decided by what another request has
+    /// changed and is not durable yet, and is as true as that.
+    fn stage(&mut self, request: Request, rests: bool) -> bool {
+        let has_work = rests || !request.staged.is_empty() || !request.withdraw.is_empty();
         if has_work {
             self.pending.push(request);
         }
@@ -380,9 +388,9 @@ impl Admission {
                 Undo::Nonce(key) => self.nonces.forget(key),
             }
         }
-        for key in request.keys.iter().rev() {
-            self.ids.pop_back();
-            self.undurable.remove(key);
+        for (key, before) in request.keys.into_iter().rev() {
+            self.ids.pop_back(before);
+            self.undurable.remove(&key);
         }
         for endpoint in request.endpoints {
             self.uncount(endpoint, 1);

@@ -100,7 +100,8 @@ pub(in crate::store) struct Request {
     pub staged: Vec<Staged>,
     pub withdraw: Vec<WithdrawCustomer>,
     pub done: oneshot::Sender<Result<(), Refusal>>,
-    pub(super) keys: Vec<EventKey>,
+    /// With the number that each had before, if it had one.
+    pub(super) keys: Vec<(EventKey, Option<u32>)>,
     pub(super) endpoints: Vec<EndpointName>,
     pub(super) undo: Vec<Undo>,
 }

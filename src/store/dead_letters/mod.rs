@@ -15,7 +15,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -302,14 +302,18 @@ impl DeadLetters {
         if self.unsynced.is_empty() {
             return Ok(());
         }
-        for number in std::mem::take(&mut self.unsynced) {
-            match File::open(self.path(number, "gone")) {
-                Ok(file) => file.sync_all()?,
+        for number in &self.unsynced {
+            let path = self.path(*number, "gone");
+            match File::open(&path) {
+                // After a failed sync its pages may be marked clean: they are written anew.
+                Ok(file) => file.sync_all().or_else(|_| write_anew(&path))?,
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => return Err(error),
             }
         }
-        segment::sync_dir(&self.dir)
+        segment::sync_dir(&self.dir)?;
+        self.unsynced.clear();
+        Ok(())
     }
 
     /// Drops what is too old or too many. Answers how many letters went, by endpoint.
@@ -336,7 +340,10 @@ impl DeadLetters {
         };
         let over: Vec<u64> = self.files.iter().filter(|file| is_over(file)).map(|file| file.number).collect();
         for number in over {
-            std::fs::remove_file(segment::path(&self.dir, number))?;
+            match std::fs::remove_file(segment::path(&self.dir, number)) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                Ok(()) | Err(_) => {}
+            }
             for kind in ["idx", "gone"] {
                 // Without the log they mean nothing.
                 drop(std::fs::remove_file(self.path(number, kind)));
@@ -361,4 +368,12 @@ impl DeadLetters {
     fn file_mut(&mut self, number: u64) -> Option<&mut DeadFile> {
         self.files.iter_mut().find(|file| file.number == number)
     }
+}
+
+/// Puts a file's bytes into another one, on stable storage, that takes its name.
+fn write_anew(path: &Path) -> io::Result<()> {
+    let new = path.with_extension("gone.new");
+    std::fs::write(&new, std::fs::read(path)?)?;
+    File::open(&new)?.sync_all()?;
+    std::fs::rename(&new, path)
 }

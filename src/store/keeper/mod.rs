@@ -18,12 +18,12 @@ use self::copying::Copying;
 use super::applier::{Applier, advance};
 use super::checkpoint::{Checkpoint, Live, SegmentMark};
 use super::compact;
-use super::journal::SPARE;
+use super::journal::{SPARE, SPARE_NEW};
 use super::open_queue;
 use super::queue::{Queue, QueueError};
 use super::segment;
 use super::state_log::StateLog;
-use super::{Inner, Notice, Position, Snapshot, disk, lock, state};
+use super::{Inner, Notice, Position, Refusal, Snapshot, disk, lock, state};
 use crate::clock;
 use crate::domain::customer::Customer;
 
@@ -37,6 +37,10 @@ const GATHER: Duration = Duration::from_millis(20);
 const SNAPSHOT_LIMIT: Duration = Duration::from_secs(30);
 /// Journal bytes after which a checkpoint is due however young the last one is.
 const CHECKPOINT_BYTES: u64 = 64 << 20;
+/// A step of the wall clock that is none of time.
+const LEAP: Duration = Duration::from_secs(60);
+/// After a leap of the wall clock nothing is dropped for its age for so long: somebody may put it right.
+const DISTRUST: Duration = Duration::from_secs(3_600);
 /// Buckets of customers looked through in a second for those to be forgotten: all of them in about a day.
 const SWEEP_BUCKETS: u32 = 3;
 
@@ -44,10 +48,13 @@ const SWEEP_BUCKETS: u32 = 3;
 pub(super) struct Keeper<'a> {
     inner: &'a Inner,
     applier: Option<Applier>,
-    /// The last checkpoint: up to where, when (monotonic), and what it said.
+    /// The last checkpoint: up to where, and when (monotonic).
     last: Position,
     last_at: Duration,
     swept: u32,
+    /// The wall clock less the monotonic one, and until when (monotonic) the first is not to be trusted.
+    skew_ms: Option<u64>,
+    distrusted_until: Duration,
     /// The state log of the last checkpoint; 0 before the first.
     log_before: u64,
     copying: Copying,
@@ -64,6 +71,8 @@ impl<'a> Keeper<'a> {
             last: Position::default(),
             last_at,
             swept: 0,
+            skew_ms: None,
+            distrusted_until: Duration::ZERO,
             log_before: 0,
             copying: Copying::default(),
             uncompactable: HashSet::new(),
@@ -93,6 +102,10 @@ impl<'a> Keeper<'a> {
                 self.last_at = now;
                 if let Err(error) = self.checkpoint() {
                     self.inner.failed("checkpoint", &error);
+                    if error.is_no_space() {
+                        // What a checkpoint frees is worth more than what is held ready.
+                        disk::release_reserve(&self.inner.settings.dir);
+                    }
                     // A file that cannot be written just now says nothing of sled.
                     if !matches!(error, QueueError::Sync(_)) {
                         self.give_up(&error);
@@ -121,6 +134,9 @@ impl<'a> Keeper<'a> {
     }
 
     fn apply(&mut self, durable: Position) {
+        if self.applier.is_some() && self.inner.queue_is_damaged.load(Ordering::SeqCst) {
+            return self.give_up(&QueueError::Damaged("a caller's read of it failed"));
+        }
         let Some(queue) = self.inner.queue() else { return self.reopen() };
         let Some(applier) = self.applier.as_mut() else { return self.reopen() };
         let before = applier.damaged;
@@ -143,7 +159,7 @@ impl<'a> Keeper<'a> {
 
     /// An error of sled's: what was half done is done again after it is opened anew.
     fn give_up(&mut self, error: &QueueError) {
-        self.inner.failed("queue", error);
+        let _: Refusal = self.inner.queue_failed("queue", error);
         self.applier = None;
         *self.inner.queue.write().unwrap_or_else(PoisonError::into_inner) = None;
     }
@@ -162,10 +178,13 @@ impl<'a> Keeper<'a> {
     }
 
     fn is_due(&self, durable: Position, now: Duration) -> bool {
-        let far = durable.segment > self.last.segment + 1
-            || (durable.segment == self.last.segment
-                && u64::from(durable.offset - self.last.offset.min(durable.offset)) > CHECKPOINT_BYTES);
-        let is_old = now.saturating_sub(self.last_at) >= self.inner.settings.checkpoint_every;
+        let since = now.saturating_sub(self.last_at);
+        // After one that failed the next is not at once.
+        let far = since >= TICK
+            && (durable.segment > self.last.segment + 1
+                || (durable.segment == self.last.segment
+                    && u64::from(durable.offset - self.last.offset.min(durable.offset)) > CHECKPOINT_BYTES));
+        let is_old = since >= self.inner.settings.checkpoint_every;
         let is_new = self.copying.is_replaced() || lock(&self.inner.writer).end() != self.last;
         self.applier.is_some() && (far || is_old) && is_new
     }
@@ -185,9 +204,16 @@ impl<'a> Keeper<'a> {
             self.prepare_spare();
         }
         // What the relay noted since the last group waits for a sync: so that rows are never far behind.
-        if lock(&inner.writer).end() != *lock(&inner.durable) {
+        let is_behind = {
+            let writer = lock(&inner.writer);
+            writer.owes() || writer.end() != *lock(&inner.durable)
+        };
+        if is_behind {
             drop(lock(&inner.admission).stage_sync());
             inner.work.notify_all();
+        }
+        if !self.trusts_the_clock() {
+            return self.commit_rows(|_| false);
         }
         let expired = lock(&inner.dead).expire(clock::wall_ms());
         match expired {
@@ -199,12 +225,31 @@ impl<'a> Keeper<'a> {
             }
             Err(error) => inner.failed("expire", &error),
         }
+        let (now_s, forget_after_s) = (clock::wall_ms() / 1_000, inner.settings.rules.forget_after_s);
+        self.commit_rows(|customer| customer.is_forgotten(now_s, forget_after_s));
+    }
+
+    /// Whether the wall clock went as time goes, for a while.
+    fn trusts_the_clock(&mut self) -> bool {
+        let now = clock::monotonic();
+        let skew_ms = clock::wall_ms().wrapping_sub(u64::try_from(now.as_millis()).unwrap_or(u64::MAX));
+        let before = self.skew_ms.replace(skew_ms).unwrap_or(skew_ms);
+        if Duration::from_millis(skew_ms.wrapping_sub(before).cast_signed().unsigned_abs()) >= LEAP {
+            tracing::warn!("the clock has leapt: nothing is dropped for its age for an hour");
+            self.distrusted_until = now + DISTRUST;
+        }
+        now >= self.distrusted_until
+    }
+
+    /// Puts what was applied into the rows, and drops from some of them what is over.
+    fn commit_rows(&mut self, is_forgotten: impl Fn(&Customer) -> bool + Copy) {
+        let inner = self.inner;
         if let (Some(queue), Some(applier)) = (inner.queue(), self.applier.as_mut()) {
-            let (now_s, forget_after_s) = (clock::wall_ms() / 1_000, inner.settings.rules.forget_after_s);
-            let is_forgotten = |customer: &Customer| customer.is_forgotten(now_s, forget_after_s);
+            let now_s = clock::wall_ms() / 1_000;
             let mut swept = applier.commit(&queue).and_then(|()| queue.expire_nonces(now_s));
             for _ in 0..SWEEP_BUCKETS {
-                swept = swept.and_then(|()| state::sweep(&queue, &inner.hashing(), self.swept, is_forgotten));
+                let gone = swept.and_then(|()| state::sweep(&queue, &inner.hashing(), self.swept, is_forgotten));
+                swept = gone.map(|gone| applier.count_gone(gone));
                 self.swept = (self.swept + 1) % state::BUCKETS;
             }
             if let Err(error) = swept {
@@ -220,7 +265,7 @@ impl<'a> Keeper<'a> {
         if spare.exists() {
             return;
         }
-        let new = dir.join("spare.new");
+        let new = dir.join(SPARE_NEW);
         let made = segment::create(&new, u64::from(self.inner.settings.segment_bytes))
             .and_then(|_| std::fs::rename(&new, &spare));
         if let Err(error) = made {
@@ -258,6 +303,8 @@ impl<'a> Keeper<'a> {
         }
         let (Some(queue), Some(applier)) = (inner.queue(), self.applier.as_mut()) else { return Ok(()) };
         let end = lock(&inner.writer).end();
+        // Before the snapshot: a letter that comes after it is found behind the mark, and its event is not pushed.
+        let dead_mark = lock(&inner.dead).mark();
         let Some(snapshot) = ask_snapshot(inner) else { return Ok(()) };
         if let Err(error) = advance(inner, applier, &queue, snapshot.position) {
             self.give_up(&error);
@@ -290,17 +337,20 @@ impl<'a> Keeper<'a> {
             segments,
             state_log: applier.state_log.number,
             state_len: applier.state_log.len,
-            dead: lock(&inner.dead).mark(),
+            dead: dead_mark,
             queue: queue.number(),
         };
         checkpoint.write(&inner.settings.dir)?;
-        self.last = end;
+        let before = std::mem::replace(&mut self.last, end);
         self.remove(&queue, &freed)?;
         // What the checkpoint before this one names stays, should this one be damaged.
         StateLog::remove_before(&inner.settings.dir, self.log_before)?;
         self.log_before = checkpoint.state_log;
         self.copying.checkpointed(inner)?;
-        compact::compact(inner, &queue, &snapshot, &freed.iter().copied().collect(), &mut self.uncompactable)?;
+        // Should this checkpoint be damaged, the one before it knows the offsets of its segments.
+        let below = before.segment.min(active);
+        let freed = freed.iter().copied().collect();
+        compact::compact(inner, &queue, (&snapshot, below), &freed, &mut self.uncompactable)?;
         Ok(())
     }
 

@@ -26,11 +26,12 @@ use std::cell::Cell;
 use std::fs::File;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, mpsc};
+use std::sync::{Mutex, RwLock, mpsc};
 use std::time::Duration;
 
 pub(in crate::store) use self::blocks::{BLOCK_EVENTS, IndexEntry};
 use self::blocks::{pack, unpack};
+use self::buckets::BUCKET_LOCKS;
 use self::copy::Copying;
 pub(in crate::store) use self::copy::{highest, remove_others};
 use super::codec::Ending;
@@ -82,6 +83,11 @@ impl QueueError {
         }
     }
 
+    /// Whether what is on disk does not read back: opening it again changes nothing.
+    pub(in crate::store) fn is_damage(&self) -> bool {
+        matches!(self, QueueError::Damaged(_) | QueueError::Sled(sled::Error::Corruption { .. }))
+    }
+
     /// Whether it is only for want of space.
     pub(in crate::store) fn is_no_space(&self) -> bool {
         let is_full = |error: &std::io::Error| error.kind() == std::io::ErrorKind::StorageFull;
@@ -119,6 +125,7 @@ pub(in crate::store) struct Queue {
     number: u64,
     db: sled::Db,
     file: File,
+    bucket_locks: [RwLock<()>; BUCKET_LOCKS],
     copying: Mutex<Option<Box<Copying>>>,
 }
 
@@ -167,7 +174,13 @@ impl Queue {
         })?;
         let db = told.recv_timeout(OPEN_LIMIT).map_err(|_| QueueError::Hung)??;
         let file = File::open(dir.join("db"))?;
-        Ok(Queue { number, db, file, copying: Mutex::new(None) })
+        Ok(Queue {
+            number,
+            db,
+            file,
+            bucket_locks: [const { RwLock::new(()) }; BUCKET_LOCKS],
+            copying: Mutex::new(None),
+        })
     }
 
     /// How often the rows were copied.

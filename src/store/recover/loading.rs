@@ -4,15 +4,16 @@ use std::io;
 
 use super::Found;
 use crate::domain::backlog::{Handle, first_seq};
-use crate::domain::endpoint::EndpointName;
-use crate::domain::keys::LaneKey;
+use crate::domain::customer::Toggle;
+use crate::domain::endpoint::{EndpointName, Plugin};
+use crate::domain::keys::{HashKey, LaneKey};
 use crate::domain::schedule::Schedule;
 use crate::metrics::StoreMetrics;
 use crate::store::checkpoint::Live;
-use crate::store::codec::Record;
+use crate::store::codec::{Ending, Record, StateChange};
 use crate::store::queue::{BLOCK_EVENTS, IndexEntry, Queue, QueueError};
 use crate::store::segment::{self, Frame};
-use crate::store::{Position, Segments};
+use crate::store::{Note, Position, Segments};
 
 /// One segment on its way into the schedule.
 pub(super) struct Loading<'a> {
@@ -92,18 +93,20 @@ impl Loading<'_> {
         Ok(rows)
     }
 
-    /// Adds what came after the checkpoint, and takes out what ended after it.
-    pub(super) fn replay(&self, schedule: &mut Schedule) -> io::Result<()> {
+    /// Adds what came after the checkpoint, and takes out what ended after it. Answers what was withdrawn, and by a crash
+    /// not recorded any more: a customer who was switched off or forgotten is not pushed to.
+    pub(super) fn replay(&self, schedule: &mut Schedule, hashing: &HashKey) -> io::Result<Vec<Note>> {
+        let mut withdrawn = Vec::new();
         let from = if self.is_covered(0) {
             if self.covered.segment != self.found.number {
-                return Ok(());
+                return Ok(withdrawn);
             }
             self.covered.offset
         } else {
             0
         };
         if from >= self.found.end {
-            return Ok(());
+            return Ok(withdrawn);
         }
         segment::scan_synced(&self.found.file, self.found.number, from, self.found.end, |frame| match Record::decode(
             frame.body(),
@@ -124,11 +127,22 @@ impl Loading<'_> {
                     .collect();
                 schedule.settled_before(settled.lane, &events, 0);
             }
-            Some(Record::State(_) | Record::Opened(_) | Record::Deferred(_) | Record::Sealed { .. })
+            Some(Record::State(change)) => {
+                let Some((plugin, web_token)) = withdraws(&change) else { return };
+                for (_, lane) in hashing.lanes(plugin, web_token) {
+                    let found = schedule.withdraw(lane, u64::MAX, 0);
+                    let seqs: Vec<u64> = found.events.iter().map(|event| schedule.backlog.seq(*event)).collect();
+                    if !seqs.is_empty() {
+                        let retry_is_over = found.had_retry;
+                        withdrawn.push(Note::Settled { lane, ending: Ending::Withdrawn, retry_is_over, seqs });
+                    }
+                }
+            }
+            Some(Record::Opened(_) | Record::Deferred(_) | Record::Sealed { .. })
             | Some(Record::Dead(_) | Record::Gone(_))
             | None => {}
         })?;
-        Ok(())
+        Ok(withdrawn)
     }
 
     fn add(&self, schedule: &mut Schedule, entry: &IndexEntry, waits: bool) {
@@ -149,6 +163,18 @@ impl Loading<'_> {
         } else {
             schedule.backlog.settle(handle);
         }
+    }
+}
+
+/// The customer whose waiting events a change withdraws.
+fn withdraws(change: &StateChange) -> Option<(Plugin, &str)> {
+    match change {
+        StateChange::PutCustomer(customer) if customer.toggle == Toggle::Off => {
+            Some((customer.plugin, &customer.web_token))
+        }
+        StateChange::DropCustomer { plugin, web_token } => Some((*plugin, web_token)),
+        StateChange::PutCustomer(_) | StateChange::Name { .. } => None,
+        StateChange::Setting { .. } | StateChange::Nonce { .. } => None,
     }
 }
 

@@ -33,7 +33,8 @@ use super::journal::{SegmentFile, Writer};
 use super::keeper::Keeper;
 use super::open_queue::Opener;
 use super::queue::{self, ID_ROW, Queue, QueueError};
-use super::{Inner, Notice, Position, SEGMENT_BYTES, Segments, Settings, Store, Threads};
+use super::segment;
+use super::{Inner, Note, Notice, Position, SEGMENT_BYTES, Segments, Settings, Store, Threads};
 use crate::clock;
 use crate::domain::keys::{EventKey, HashKey, LaneKey};
 use crate::domain::schedule::Schedule;
@@ -90,9 +91,13 @@ impl Store {
         };
         let journal = journal_dir(&dir);
         // What is in it is for nobody else: messages, and what operators have set.
-        for path in [&dir, &journal] {
+        for path in [&dir, &journal, &dir.join("dead")] {
             std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(io_error(path))?;
         }
+        // Their names too are to be there after a power cut.
+        segment::sync_dir(&dir).map_err(io_error(&dir))?;
+        // The directory above is somebody else's, and perhaps not to be opened.
+        drop(dir.parent().map(segment::sync_dir));
         let lock = take_lock(&dir)?;
         if free_bytes(&dir).is_ok_and(|free| free < RESERVE_BYTES) {
             release_reserve(&dir);
@@ -129,7 +134,7 @@ impl Store {
         let set: BTreeMap<String, String> = queue.settings().map_err(remembered)?.into_iter().collect();
         prepare(&set, schedule);
         let mut segments = Segments::default();
-        opening.load(&queue, schedule, &mut segments).map_err(io_error(&journal))?;
+        let withdrawn = opening.load(&queue, schedule, &mut segments).map_err(io_error(&journal))?;
         tracing::debug!(elapsed = ?begun.elapsed(), "what waits is loaded");
         let ids = opening.load_ids(&queue, applier.next_id());
         tracing::debug!(elapsed = ?begun.elapsed(), "idempotency keys loaded");
@@ -162,6 +167,7 @@ impl Store {
             durable: Mutex::new(applier.position()),
             durable_moved: Condvar::new(),
             queue_number: AtomicU64::new(queue.number()),
+            queue_is_damaged: AtomicBool::new(false),
             ids_without_rows: AtomicU64::new(0),
             queue: RwLock::new(Some(queue)),
             dead: Mutex::new(dead),
@@ -179,7 +185,9 @@ impl Store {
             inner.begin_segment();
         }
         let threads = start_threads(&inner, applier).map_err(io_error(&dir))?;
-        Ok((Store { inner }, threads))
+        let store = Store { inner };
+        store.note(withdrawn);
+        Ok((store, threads))
     }
 }
 
@@ -219,6 +227,7 @@ impl Opening<'_> {
             checkpoint: self.checkpoint.as_ref(),
             hashing: self.hashing,
             is_start: true,
+            is_damaged: false,
         };
         let opened = opener.open(number, |queue, applier| {
             let at = applier.position().segment;
@@ -229,7 +238,9 @@ impl Opening<'_> {
     }
 
     /// Fills the schedule: from the index rows up to the checkpoint, from the journal itself after it.
-    fn load(&self, queue: &Queue, schedule: &mut Schedule, segments: &mut Segments) -> io::Result<()> {
+    /// Answers what is to be noted of it.
+    fn load(&self, queue: &Queue, schedule: &mut Schedule, segments: &mut Segments) -> io::Result<Vec<Note>> {
+        let mut withdrawn = Vec::new();
         let covered = self.checkpoint.as_ref().map_or(Position::default(), |checkpoint| checkpoint.position);
         for found in &self.found {
             let slot = segments.free_slot().ok_or(io::Error::from(io::ErrorKind::StorageFull))?;
@@ -239,10 +250,10 @@ impl Opening<'_> {
             schedule.backlog.open(slot, found.number);
             let loading = Loading { found, slot, covered, segments };
             loading.load_covered(queue, schedule, self.metrics)?;
-            loading.replay(schedule)?;
+            withdrawn.extend(loading.replay(schedule, &self.hashing)?);
             schedule.backlog.seal(slot);
         }
-        Ok(())
+        Ok(withdrawn)
     }
 
     fn load_ids(&self, queue: &Queue, next_id: u64) -> Ids {

@@ -1,6 +1,7 @@
 //! The journal's segments as a start finds them: which there are, and where each ends.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
@@ -11,7 +12,8 @@ use crate::domain::keys::HashKey;
 use crate::store::checkpoint::{Checkpoint, Live};
 use crate::store::codec::Record;
 use crate::store::disk::journal_dir;
-use crate::store::segment;
+use crate::store::journal::{SPARE, SPARE_NEW};
+use crate::store::{compact, segment};
 
 /// A segment as found at start.
 pub(super) struct Found {
@@ -28,6 +30,13 @@ struct Header {
     file: Arc<File>,
     generation: u32,
     end: Option<u32>,
+    /// Its first record says its number: it was begun here.
+    is_own: bool,
+}
+
+/// Whether a crash may have left a file of this name.
+fn is_left_behind(name: &OsStr) -> bool {
+    [SPARE, SPARE_NEW, compact::TEMPORARY].iter().any(|ours| name == *ours)
 }
 
 impl Opening<'_> {
@@ -40,7 +49,9 @@ impl Opening<'_> {
             let name = entry.file_name();
             match name.to_str().and_then(segment::number) {
                 Some(number) => numbers.push(number),
-                None => std::fs::remove_file(entry.path())?,
+                None if is_left_behind(&name) => std::fs::remove_file(entry.path())?,
+                // Not ours.
+                None => {}
             }
         }
         numbers.sort_unstable();
@@ -56,12 +67,13 @@ impl Opening<'_> {
                 continue;
             }
             let file = Arc::new(File::options().read(true).write(true).open(path)?);
-            let mut header = Header { file, generation: 0, end: None };
+            let mut header = Header { file, generation: 0, end: None, is_own: false };
             if let Some(frame) = segment::read_frame(&header.file, number, 0)?
                 && let Some(Record::Opened(record)) = Record::decode(frame.body())
             {
                 identity = identity.or(Some(record.identity));
                 header.generation = record.generation;
+                header.is_own = true;
                 if let Some((before, end)) = record.previous
                     && let Some(before) = opened.get_mut(&before)
                 {
@@ -73,7 +85,7 @@ impl Opening<'_> {
         self.check_missing(&opened);
         self.identity = identity.unwrap_or_else(clock::random);
         self.hashing = HashKey::of(self.identity);
-        for (number, Header { file, generation, end: known }) in opened {
+        for (number, Header { file, generation, end: known, .. }) in opened {
             let floor = self
                 .checkpoint
                 .as_ref()
@@ -105,14 +117,20 @@ impl Opening<'_> {
         segment::sync_dir(&dir)
     }
 
-    /// A segment that the checkpoint lists and that is not there is damage.
+    /// A segment that the checkpoint lists and that is not there is damage, and so is one between those that came after
+    /// it: none of those has been freed.
     fn check_missing(&self, opened: &BTreeMap<u64, Header>) {
-        let Some(checkpoint) = &self.checkpoint else { return };
-        for mark in checkpoint.segments.iter().filter(|mark| !opened.contains_key(&mark.number)) {
-            if !mark.live.is_empty() {
-                tracing::error!(segment = mark.number, "a journal segment is missing: its events are lost");
-                self.metrics.damaged("journal", 1);
-            }
+        let listed = self.checkpoint.iter().flat_map(|checkpoint| &checkpoint.segments);
+        let listed = listed.filter(|mark| !mark.live.is_empty()).map(|mark| mark.number);
+        let mut own = opened.iter().filter(|(_, header)| header.is_own).map(|(number, _)| *number);
+        // Without a checkpoint nobody knows what had been freed before the oldest.
+        let oldest = own.next().unwrap_or(0);
+        let after = self.checkpoint.as_ref().map_or(oldest, |checkpoint| checkpoint.position.segment);
+        let newest = own.next_back().unwrap_or(oldest);
+        let expected: BTreeSet<u64> = listed.chain(after + 1..newest.max(after + 1)).collect();
+        for segment in expected.into_iter().filter(|number| !opened.contains_key(number)) {
+            tracing::error!(segment, "a journal segment is missing: its events are lost");
+            self.metrics.damaged("journal", 1);
         }
     }
 

@@ -110,6 +110,11 @@ impl StateCache {
         }
     }
 
+    /// The last request that changed an entry which the queue has not taken yet; 0 without one.
+    pub(in crate::store) fn changed_by(&self, key: &StateKey) -> u64 {
+        self.changed.get(key).map_or(0, |changed| changed.ticket)
+    }
+
     /// Takes what was read from the queue since `version`, unless something newer is or was known.
     pub(in crate::store) fn fill(&mut self, key: StateKey, version: u32, value: StateValue) {
         if self.get(&key).is_none() && self.version(&key) == version {

@@ -97,23 +97,14 @@ pub(in crate::store) fn place(hashing: &HashKey, change: &StateChange) -> (u8, u
     }
 }
 
-/// Makes a change in the queue's rows. `is_forgotten` says which other customers of the bucket are to go. Answers how
-/// many changes before it no longer count.
-pub(in crate::store) fn apply(
-    queue: &Queue,
-    hashing: &HashKey,
-    change: &StateChange,
-    is_forgotten: impl Fn(&Customer) -> bool,
-) -> Result<usize, QueueError> {
+/// Makes a change in the queue's rows. Answers how many changes before it no longer count.
+pub(in crate::store) fn apply(queue: &Queue, hashing: &HashKey, change: &StateChange) -> Result<usize, QueueError> {
     let (_, bucket) = place(hashing, change);
     match change {
         StateChange::PutCustomer(customer) => {
             let mut customers: Vec<Customer> = queue.bucket(CUSTOMERS, bucket)?;
             let before = customers.len();
-            customers.retain(|other| {
-                let is_it = other.plugin == customer.plugin && other.web_token == customer.web_token;
-                !is_it && !is_forgotten(other)
-            });
+            customers.retain(|other| other.plugin != customer.plugin || other.web_token != customer.web_token);
             let gone = before - customers.len();
             customers.push(customer.clone());
             queue.put_bucket(CUSTOMERS, bucket, &customers)?;
@@ -145,29 +136,32 @@ pub(in crate::store) fn apply(
     }
 }
 
-/// Drops what is forgotten from one bucket; says the names that went with it.
+/// Drops what is forgotten from one bucket, with its names; says how many customers and how many names.
 pub(in crate::store) fn sweep(
     queue: &Queue,
     hashing: &HashKey,
     bucket: u32,
     is_forgotten: impl Fn(&Customer) -> bool + Copy,
-) -> Result<(), QueueError> {
+) -> Result<usize, QueueError> {
     let customers: Vec<Customer> = queue.bucket(CUSTOMERS, bucket)?;
     let (gone, kept): (Vec<Customer>, Vec<Customer>) = customers.into_iter().partition(|other| is_forgotten(other));
     if gone.is_empty() {
-        return Ok(());
+        return Ok(0);
     }
+    let mut names = 0;
     for customer in &gone {
         for kind in [NameKind::Customer, NameKind::Sdk] {
             let Some(name) = customer.name(kind) else { continue };
             let key = StateKey::Name(kind, customer.plugin, name.to_owned());
             if read(queue, hashing, &key)? == StateValue::Name(Some(customer.web_token.clone())) {
                 let (plugin, name) = (customer.plugin, name.to_owned());
-                apply(queue, hashing, &StateChange::Name { kind, plugin, name, web_token: None }, |_| false)?;
+                apply(queue, hashing, &StateChange::Name { kind, plugin, name, web_token: None })?;
+                names += 1;
             }
         }
     }
-    queue.put_bucket(CUSTOMERS, bucket, &kept)
+    queue.put_bucket(CUSTOMERS, bucket, &kept)?;
+    Ok(gone.len() + names)
 }
 
 /// Every change that would build the rows anew, bucket by bucket.
