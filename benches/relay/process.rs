@@ -65,7 +65,6 @@ impl Relay {
             .env("MALLOC_MMAP_THRESHOLD_", "262144")
             .env("MALLOC_TRIM_THRESHOLD_", "4194304")
             .env("MALLOC_TOP_PAD_", "1048576")
-            .env("GLIBC_TUNABLES", "glibc.malloc.tcache_max=16384")
             .stdin(Stdio::null())
             .stderr(std::fs::File::options().create(true).append(true).open(dir.path().join("log")).unwrap())
             .spawn()
