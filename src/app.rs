@@ -19,9 +19,8 @@ use crate::log;
 use crate::metrics::Metrics;
 use crate::relay::{self, Command, Deliverer, NOTICES_MAX, Relay, max_in_flight};
 use crate::store::{self, Store, Threads};
-use crate::workers::Worker;
 
-/// How long the relay's task, or the thread of callers, may take to go round.
+/// How long the relay's task may take to go round.
 const PING_LIMIT: Duration = Duration::from_secs(5);
 /// Longest time between checkpoints.
 const CHECKPOINT_EVERY: Duration = Duration::from_secs(5);
@@ -41,9 +40,6 @@ pub enum StartError {
     /// A listener would be open to the network without what that needs.
     #[error("{0}")]
     Exposed(String),
-    /// The system gives no threads.
-    #[error("cannot start a thread: {0}")]
-    Thread(#[source] std::io::Error),
     /// A mistake in the metrics.
     #[error("metrics: {0}")]
     Metrics(#[from] prometheus::Error),
@@ -56,9 +52,6 @@ pub struct App {
     threads: Threads,
     commands: mpsc::Sender<Command>,
     relay: tokio::task::JoinHandle<()>,
-    /// Pushes have a thread, callers of `[local]` another; the rest goes on that of who started this.
-    _pushing: Worker,
-    calling: Worker,
     listeners: JoinSet<()>,
     scrapes: JoinSet<()>,
     stop_local: watch::Sender<bool>,
@@ -83,8 +76,6 @@ impl App {
         let metrics = Metrics::new(config.metrics_max_endpoints)?;
         let settings = schedule_settings(&config);
         let deliverer = Deliverer::new(&config.extra_ca, settings.max_in_flight)?;
-        let pushing = Worker::start("pushing").map_err(StartError::Thread)?;
-        let calling = Worker::start("calling").map_err(StartError::Thread)?;
         for warning in &config.warnings {
             tracing::warn!("{warning}");
         }
@@ -138,7 +129,7 @@ impl App {
         let relay =
             Relay::new(schedule, store.clone(), deliverer, configured, relay_settings(&config), metrics.clone());
         let (commands, asked) = mpsc::channel(relay::COMMANDS_MAX);
-        let relay = pushing.handle().spawn(relay.run(notices, asked));
+        let relay = tokio::spawn(relay.run(notices, asked));
         let api = Arc::new(new_api(&config, endpoints, store.clone(), metrics, commands.clone()));
         let mut listeners = JoinSet::new();
         let (stop_local, local_stopped) = watch::channel(false);
@@ -146,7 +137,7 @@ impl App {
         if let Some(open_api) = open_api {
             listeners.spawn(api::serve_open_api(open_api, Arc::clone(&api), local_stopped.clone()));
         }
-        listeners.spawn_on(api::serve_local(local, Arc::clone(&api), local_stopped), calling.handle());
+        listeners.spawn(api::serve_local(local, Arc::clone(&api), local_stopped));
         let mut scrapes = JoinSet::new();
         scrapes.spawn(History::keep(Arc::clone(&api)));
         scrapes.spawn(api::serve_metrics(scrape, Arc::clone(&api), metrics_stopped));
@@ -156,8 +147,6 @@ impl App {
             threads,
             commands,
             relay,
-            _pushing: pushing,
-            calling,
             listeners,
             scrapes,
             stop_local,
@@ -220,12 +209,11 @@ impl App {
         Ok(changed)
     }
 
-    /// Whether the relay's task goes round, and callers are heard.
+    /// Whether the relay's task goes round.
     pub async fn is_alive(&self) -> bool {
         let (reply, answer) = oneshot::channel();
         let asked = self.commands.send(Command::Ping(reply));
-        let called = self.calling.handle().spawn(async {});
-        let answered = async { asked.await.is_ok() && answer.await.is_ok() && called.await.is_ok() };
+        let answered = async { asked.await.is_ok() && answer.await.is_ok() };
         tokio::time::timeout(PING_LIMIT, answered).await == Ok(true)
     }
 

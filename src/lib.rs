@@ -34,13 +34,12 @@
 //! | [`relay`] | the schedule's task, attempts, connections to receivers | domain, store, metrics, config, clock |
 //! | [`api`] | listeners, requests, answers | domain, store, relay, metrics, config, clock, json |
 //! | [`config`] | the file as written and as needed | domain, json |
-//! | [`app`] | wiring, start, reload, stop | domain, store, relay, api, metrics, config, clock, log, workers |
-//! | [`cli`] | arguments, subcommands, exit codes | app, config, domain, store, clock, log, workers |
+//! | [`app`] | wiring, start, reload, stop | domain, store, relay, api, metrics, config, clock, log |
+//! | [`cli`] | arguments, subcommands, exit codes | app, config, domain, store, clock, log |
 //! | [`metrics`] | what is counted, by which names | domain |
 //! | [`log`] | where log lines go | config |
 //! | [`clock`] | time and chance | nothing |
 //! | [`json`] | bodies of calls | nothing |
-//! | [`workers`] | threads with a runtime of their own | nothing |
 
 pub mod api;
 pub mod app;
@@ -55,4 +54,3 @@ pub mod log;
 pub mod metrics;
 pub mod relay;
 pub mod store;
-pub mod workers;

@@ -17,7 +17,7 @@ const STATUS_EVERY: Duration = Duration::from_secs(20);
 /// Runs until a signal. `read` reads the config anew at SIGHUP, with the arguments of this start.
 pub(super) fn run(config: Config, read: impl Fn() -> Result<Config, crate::config::ConfigError>) -> anyhow::Result<()> {
     log::start(&config.log_level, config.log_format);
-    crate::workers::runtime()?.block_on(async {
+    super::runtime()?.block_on(async {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut hang_up = signal(SignalKind::hangup())?;

@@ -42,7 +42,7 @@ struct Demo {
 pub(super) fn run() -> anyhow::Result<()> {
     crate::log::start("warn", crate::config::LogFormat::Text);
     let dir = std::env::temp_dir().join(format!("h5push-relay-demo-{:08x}", clock::random_id() as u32));
-    let result = crate::workers::runtime()?.block_on(play(&dir));
+    let result = super::runtime()?.block_on(play(&dir));
     // Throw-away.
     drop(std::fs::remove_dir_all(&dir));
     result

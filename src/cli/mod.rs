@@ -153,3 +153,12 @@ fn read_config(arguments: &Shared) -> Result<Config, ConfigError> {
     }
     Ok(config)
 }
+
+fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    let workers = std::thread::available_parallelism().map_or(2, std::num::NonZero::get).clamp(2, 4);
+    Ok(tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(workers)
+        .max_blocking_threads(64)
+        .enable_all()
+        .build()?)
+}

@@ -27,7 +27,7 @@ impl Operate {
     pub(super) fn run(self, local: Local, json: bool) -> anyhow::Result<()> {
         let client = Client { listen: local.listen, token: local.token, patience: PATIENCE };
         let relay = Relay { client, json };
-        crate::workers::runtime()?.block_on(relay.carry_out(self))
+        super::runtime()?.block_on(relay.carry_out(self))
     }
 }
 

@@ -19,7 +19,7 @@ const TOLERANCE_S: u64 = 300;
 pub(super) fn run(listen: SocketAddr, secret: Option<&str>, fail: Option<u16>) -> anyhow::Result<()> {
     let keys = Arc::new(secret.map(SigningKeys::parse).transpose()?);
     let status = fail.map_or(Ok(StatusCode::OK), StatusCode::from_u16)?;
-    crate::workers::runtime()?.block_on(async {
+    super::runtime()?.block_on(async {
         let listener = TcpListener::bind(listen).await.with_context(|| format!("listening on {listen}"))?;
         writeln!(io::stdout(), "receiving on http://{}/ , answering {status}", listener.local_addr()?)?;
         http::receive(listener, move |received| show(&received, keys.as_ref().as_ref(), status)).await
