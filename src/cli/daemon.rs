@@ -11,13 +11,16 @@ use crate::log;
 
 /// While a large store is opened, systemd is asked for so much more time, this often.
 const STARTING: Duration = Duration::from_secs(10);
+/// How long threads that hang are waited for at the end.
+const LAST_LIMIT: Duration = Duration::from_secs(1);
 /// Without a watchdog, how often systemd's status line is brought up to date.
 const STATUS_EVERY: Duration = Duration::from_secs(20);
 
 /// Runs until a signal. `read` reads the config anew at SIGHUP, with the arguments of this start.
 pub(super) fn run(config: Config, read: impl Fn() -> Result<Config, crate::config::ConfigError>) -> anyhow::Result<()> {
     log::start(&config.log_level, config.log_format);
-    super::runtime()?.block_on(async {
+    let runtime = super::runtime()?;
+    let ended = runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut hang_up = signal(SignalKind::hangup())?;
@@ -55,7 +58,10 @@ pub(super) fn run(config: Config, read: impl Fn() -> Result<Config, crate::confi
             _ = interrupt.recv() => tracing::warn!("stopping at once"),
         }
         Ok(())
-    })
+    });
+    // A look-up of a name may hang for long: what is to be kept is kept by now.
+    runtime.shutdown_timeout(LAST_LIMIT);
+    ended
 }
 
 /// Asks systemd for more time while it takes.

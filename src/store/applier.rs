@@ -19,6 +19,8 @@ use crate::domain::schedule::Retry;
 
 /// State log bytes beyond which it may be written anew.
 const STATE_LOG_MIN: u64 = 16 << 20;
+/// State log bytes beyond which it is written anew sooner: its records' offsets have 32 bits.
+const STATE_LOG_MAX: u64 = 3 << 30;
 /// About how many bytes of the state log a row stands for.
 const ROW_BYTES: usize = 150;
 /// Changes of customers and names that are gathered before their rows are changed.
@@ -329,7 +331,8 @@ impl Applier {
 
     /// Writes the state log anew from the rows, when it has become much longer than needed, or a sync of it failed.
     pub(super) fn renew_state_log(&mut self, queue: &Queue, dir: &Path) -> Result<(), QueueError> {
-        let is_long = self.state_log.len >= STATE_LOG_MIN && 2 * self.state_log.dead >= self.state_log.len;
+        let (len, dead) = (self.state_log.len, self.state_log.dead);
+        let is_long = len >= STATE_LOG_MIN && 2 * dead >= len || len >= STATE_LOG_MAX && 8 * dead >= len;
         if !is_long && !self.state_log.is_suspect {
             return Ok(());
         }

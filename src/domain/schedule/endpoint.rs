@@ -100,7 +100,8 @@ pub(super) struct Endpoint {
     /// `None`: no longer configured.
     pub limits: Option<Limits>,
     pub pauses: Pauses,
-    limiter: Option<Limiter>,
+    /// With the rate and the burst that it is for.
+    limiter: Option<(f64, u32, Limiter)>,
     /// Lanes that have not failed.
     pub fresh: VecDeque<LaneId>,
     /// Lanes that have failed and are due again.
@@ -156,17 +157,19 @@ impl Endpoint {
         }
     }
 
-    /// Takes new limits; the limiter is kept where rate and burst stay, so that a reload opens no second burst.
+    /// Takes new limits; the limiter is kept where rate and burst stay, so that neither a reload nor an endpoint that goes
+    /// and comes opens a second burst.
     pub(super) fn set_limits(&mut self, limits: Limits, clock: &ToldClock) {
+        let (rate, burst) = (limits.rate_per_second, limits.burst);
         let is_same =
-            self.limits.is_some_and(|old| old.rate_per_second == limits.rate_per_second && old.burst == limits.burst);
+            self.limiter.as_ref().is_some_and(|(of_rate, of_burst, _)| (*of_rate, *of_burst) == (rate, burst));
         if !is_same {
-            let burst = NonZeroU32::new(limits.burst).unwrap_or(NonZeroU32::MIN);
+            let cells = NonZeroU32::new(burst).unwrap_or(NonZeroU32::MIN);
             // governor counts in nanoseconds of 64 bits: a burst may not fill more than half of them.
-            let period_max = Duration::from_nanos((1 << 62) / u64::from(burst.get()));
-            let period = Duration::try_from_secs_f64(1.0 / limits.rate_per_second).unwrap_or(period_max);
+            let period_max = Duration::from_nanos((1 << 62) / u64::from(cells.get()));
+            let period = Duration::try_from_secs_f64(1.0 / rate).unwrap_or(period_max);
             self.limiter = Quota::with_period(period.clamp(Duration::from_nanos(1), period_max))
-                .map(|quota| RateLimiter::direct_with_clock(quota.allow_burst(burst), clock.clone()));
+                .map(|quota| (rate, burst, RateLimiter::direct_with_clock(quota.allow_burst(cells), clock.clone())));
             self.rate_limited_until = 0;
         }
         self.limits = Some(limits);
@@ -213,7 +216,7 @@ impl Endpoint {
 
     /// Asks for a permit to begin an attempt.
     pub(super) fn take_permit(&mut self, clock: &ToldClock, now: u64) -> bool {
-        let Some(limiter) = &self.limiter else { return false };
+        let Some((_, _, limiter)) = &self.limiter else { return false };
         match limiter.check() {
             Ok(()) => true,
             Err(not_until) => {

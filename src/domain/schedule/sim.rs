@@ -83,6 +83,11 @@ pub(super) struct Sim {
     pub(super) burials: Vec<(u64, Burial)>,
     /// Lanes to be withdrawn again when their burial is done, and the events that must never start any more.
     pub(super) withdraw_again: HashMap<usize, (Vec<usize>, u64)>,
+    /// Endpoints that are not configured just now, and the events that their removal gave up.
+    pub(super) removed: Vec<bool>,
+    pub(super) orphans: HashSet<usize>,
+    /// Events that a receiver wants no more (410).
+    pub(super) unwanted: HashSet<usize>,
     pub(super) is_healed: bool,
     pub(super) slot: u16,
 }
@@ -110,6 +115,9 @@ impl Sim {
             given_up: HashSet::new(),
             burials: Vec::new(),
             withdraw_again: HashMap::new(),
+            removed: vec![false; endpoints],
+            orphans: HashSet::new(),
+            unwanted: HashSet::new(),
             is_healed: false,
             slot: 0,
         };
@@ -120,7 +128,11 @@ impl Sim {
     fn configure(&mut self) {
         self.schedule.backlog.open(self.slot, u64::from(self.slot));
         for endpoint in 0..self.endpoints {
-            self.schedule.put_endpoint(name(endpoint), limits(), self.now);
+            if self.removed[endpoint] {
+                self.orphan(endpoint);
+            } else {
+                self.schedule.put_endpoint(name(endpoint), limits(), self.now);
+            }
             self.schedule.set_pauses(name(endpoint), self.pauses[endpoint].clone(), self.now);
         }
     }
@@ -142,6 +154,9 @@ impl Sim {
 
     fn post(&mut self) {
         let lane = self.rng.usize(0..self.lanes);
+        if self.removed[self.endpoint_of(lane)] {
+            return;
+        }
         self.events.push(SimEvent {
             lane,
             fate: Fate::Waiting,
@@ -163,23 +178,51 @@ impl Sim {
         self.starts.iter_mut().for_each(VecDeque::clear);
         self.slot += 1;
         self.configure();
+        // Either the last checkpoint says what had ended, or what was noted after it.
+        let is_noted = self.rng.bool();
         for event in 0..self.events.len() {
-            if self.events[event].fate == Fate::Waiting {
+            if is_noted || self.events[event].fate == Fate::Waiting {
                 self.append(event);
             }
         }
+        for lane in 0..self.lanes {
+            let ended = |event: &usize| self.events[*event].lane == lane && self.events[*event].fate != Fate::Waiting;
+            let ended: Vec<Handle> =
+                (0..self.events.len()).filter(ended).filter_map(|event| self.handle(event)).collect();
+            for handles in ended.chunks(3) {
+                self.schedule.settled_before(Self::key(lane), handles, self.now);
+            }
+        }
         for (lane, (head, retry, due)) in self.recorded.clone() {
-            let handle = self.by_handle.iter().find(|(_, event)| **event == head).map(|(handle, _)| *handle);
-            if let Some(handle) = handle {
+            if let Some(handle) = self.handle(head) {
                 let wait = Duration::from_micros(due.saturating_sub(self.now));
                 self.schedule.restore(Self::key(lane), handle, retry, wait, self.now);
             }
         }
     }
 
-    fn withdraw(&mut self) {
-        let lane = self.rng.usize(0..self.lanes);
-        self.withdraw_lane(lane, u64::MAX);
+    fn handle(&self, event: usize) -> Option<Handle> {
+        self.by_handle.iter().find(|(_, other)| **other == event).map(|(handle, _)| *handle)
+    }
+
+    /// What waits at an endpoint that is not there will be given up.
+    fn orphan(&mut self, endpoint: usize) {
+        let endpoints = self.endpoints;
+        for lane in (0..self.lanes).filter(|lane| lane % endpoints == endpoint) {
+            self.orphans.extend(self.waiting_in(lane));
+        }
+        self.due.retain(|lane, _| lane % endpoints != endpoint);
+    }
+
+    fn turn_endpoint(&mut self) {
+        let endpoint = self.rng.usize(0..self.endpoints);
+        self.removed[endpoint] = !self.removed[endpoint];
+        if self.removed[endpoint] {
+            self.schedule.remove_endpoint(name(endpoint));
+            self.orphan(endpoint);
+        } else {
+            self.schedule.put_endpoint(name(endpoint), limits(), self.now);
+        }
     }
 
     pub(super) fn withdraw_lane(&mut self, lane: usize, until: u64) {
@@ -220,7 +263,11 @@ impl Sim {
 
     fn retry_now(&mut self) {
         let endpoint = self.rng.usize(0..self.endpoints);
-        self.schedule.retry_now(name(endpoint), self.now);
+        if self.rng.bool() {
+            self.schedule.retry_now(name(endpoint), self.now);
+        } else {
+            self.schedule.forget_failures(name(endpoint), self.now);
+        }
         let endpoints = self.endpoints;
         self.due.retain(|lane, _| lane % endpoints != endpoint);
     }
@@ -290,11 +337,15 @@ fn run(seed: u64) {
     for _ in 0..posts {
         sim.post();
         match sim.rng.u8(0..28) {
-            0 => sim.withdraw(),
+            0 => {
+                let lane = sim.rng.usize(0..sim.lanes);
+                sim.withdraw_lane(lane, u64::MAX);
+            }
             1 => sim.restart(),
             2 => sim.turn_pause(),
             3 => sim.retry_now(),
             4 => sim.bury(),
+            5 => sim.turn_endpoint(),
             _ => {}
         }
         let pause = sim.now + sim.rng.u64(0..2 * SECOND);
@@ -309,6 +360,9 @@ fn run(seed: u64) {
     // Everything gets well, and everything ends.
     sim.is_healed = true;
     for endpoint in 0..sim.endpoints {
+        if std::mem::take(&mut sim.removed[endpoint]) {
+            sim.schedule.put_endpoint(name(endpoint), limits(), sim.now);
+        }
         sim.pauses[endpoint].end(sim.now / SECOND);
         sim.schedule.set_pauses(name(endpoint), sim.pauses[endpoint].clone(), sim.now);
     }

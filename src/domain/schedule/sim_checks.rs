@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::sim::*;
 use super::*;
-use crate::domain::outcome::Report;
+use crate::domain::outcome::{Report, Verdict};
 
 impl Sim {
     pub(super) fn start_all(&mut self) {
@@ -13,6 +13,7 @@ impl Sim {
             let endpoint = self.endpoint_of(lane);
             assert_eq!(start.endpoint, name(endpoint));
             assert!(!self.pauses[endpoint].is_paused(), "it is paused");
+            assert!(!self.removed[endpoint], "it is gone");
             assert!(!self.flights.iter().any(|(_, other)| other.lane == start.lane), "two pushes of a lane");
             let waiting = self.waiting_in(lane);
             let offered: Vec<usize> = start.events.iter().map(|handle| self.by_handle[handle]).collect();
@@ -58,9 +59,9 @@ impl Sim {
                         assert!(age > settings().max_age_s, "{age} s is not too old");
                     }
                     DeathReason::Buried => assert!(self.given_up.contains(&event), "nobody gave it up"),
-                    DeathReason::Attempts | DeathReason::Gone | DeathReason::EndpointRemoved | DeathReason::Damaged => {
-                        unreachable!("{:?}", burial.reason)
-                    }
+                    DeathReason::EndpointRemoved => assert!(self.orphans.contains(&event), "its endpoint is there"),
+                    DeathReason::Gone => assert!(self.unwanted.contains(&event), "it was not refused for good"),
+                    DeathReason::Attempts | DeathReason::Damaged => unreachable!("{:?}", burial.reason),
                 }
             }
             let takes = self.rng.u64(0..2 * SECOND);
@@ -103,8 +104,19 @@ impl Sim {
         };
         let retry_after = self.rng.bool().then(|| Duration::from_secs(self.rng.u64(0..20)));
         let report = if report == 0 { Report::Timeout } else { Report::Status { code: report, retry_after } };
+        let (taken, verdict) = match self.rng.u8(0..40) {
+            _ if self.is_healed => (taken, report.verdict()),
+            // The connection was closed while it was idle; or nothing was sent, because the address changed.
+            0 => (if self.rng.bool() { taken } else { 0 }, Verdict::Again),
+            1 => (0, Verdict::Unread),
+            2 => {
+                self.unwanted.extend(carried);
+                (taken, Verdict::Gone)
+            }
+            _ => (taken, report.verdict()),
+        };
         let moment = Moment { now: self.now, second: self.now / SECOND, dice: self.rng.f64() };
-        let outcome = self.schedule.reported(start.lane, taken as u32, report.verdict(), moment);
+        let outcome = self.schedule.reported(start.lane, taken as u32, verdict, moment);
         for handle in &outcome.delivered {
             let event = self.by_handle[handle];
             assert_eq!(self.events[event].fate, Fate::Waiting);
