@@ -12,7 +12,7 @@
 //!                         domain::outcome ─> Verdict  (what it means: the one table of statuses)
 //!                         domain::schedule ─> Outcome (what follows: settled | deferred | to be buried)
 //!                             │ Note
-//!                         store::note (written behind the journal, before the lane is free again)
+//!                         store::note (written behind the journal, before the lane's next push)
 //!
 //! app's server ─signed POST─> api::open_api ─> the same store: switches withdraw, surveys are events of a lane of their own
 //! operator ─> api::operate ─> Command ─> relay      (pause, retry, bury, test; settings are kept by the store)

@@ -46,7 +46,7 @@ fn verify(config: &Config, json: bool) -> anyhow::Result<()> {
         let row = |file: &store::VerifiedFile| {
             let state = match (file.damaged.first(), file.torn) {
                 (Some(at), _) => format!("DAMAGED in {} places, first at byte {at}", file.damaged.len()),
-                (None, Some(at)) => format!("ends at byte {at}, behind which nothing had been acknowledged"),
+                (None, Some(at)) => format!("ends at byte {at}, behind which nothing is known to have been synced"),
                 (None, None) => "whole".to_owned(),
             };
             vec![file.path.display().to_string(), file.records.to_string(), file.bytes.to_string(), state]

@@ -25,7 +25,8 @@ pub enum Report {
     BlockedAddress,
     /// The connection was reset, closed, or spoke no HTTP.
     Io,
-    /// A pooled connection turned out to be closed before anything of an answer came: to be sent again at once.
+    /// A pooled connection broke before anything of an answer came, mostly because it had been closed while it was idle: to
+    /// be sent again at once, as it was, on a new one.
     StaleConnection,
     /// The IM server answered a survey with a 2xx and a code other than 1000 (contract §4).
     SurveyCode(i64),

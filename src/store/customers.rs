@@ -13,7 +13,7 @@ impl Store {
     /// this returns when that is done and durable. `None`: there is no such customer and there must be.
     ///
     /// # Errors
-    /// Nothing was stored; or the relay stopped before it had withdrawn anything.
+    /// Nothing was stored; or it was, and what waited is not known to be withdrawn durably: a start withdraws it.
     pub async fn change_customer(
         &self,
         plugin: Plugin,
@@ -41,7 +41,7 @@ impl Store {
     /// withdrawn; when this returns, that is durable.
     ///
     /// # Errors
-    /// Nothing was forgotten; or the relay stopped before it had withdrawn anything.
+    /// Nothing was forgotten; or it was, and what waited is not known to be withdrawn durably: a start withdraws it.
     pub async fn forget(&self, plugin: Option<Plugin>, web_token: &str, now_s: u64) -> Result<(u64, u64), Refusal> {
         let plugins = match plugin {
             Some(plugin) => vec![plugin],

@@ -1,5 +1,7 @@
 //! The store against a plain model: random posts, deliveries, withdrawals, crashes and stops, small segments.
 
+mod damaged;
+
 use std::collections::BTreeMap;
 
 use tokio::sync::mpsc;

@@ -18,7 +18,7 @@ pub struct VerifiedFile {
     pub bytes: u64,
     /// Where damage begins, place by place.
     pub damaged: Vec<u32>,
-    /// Where a torn end begins: behind it nothing had been acknowledged.
+    /// Where a torn end begins: behind it nothing is known to have been synced.
     pub torn: Option<u32>,
 }
 

@@ -27,12 +27,12 @@ fn an_endpoint_set_by_a_call_wins_over_the_file_until_it_is_deleted() {
         "url": format!("http://{}/saved?key=in-the-query", saved.address),
         "secret": SECRET,
         "rate_per_second": 50,
-        "headers": { "x-api-key": "planted" },
+        "headers": { "x-api-key": "planted", "h5push-attempt": "9" },
     });
     let shown = relay.done("PUT", "/v1/endpoints/12", &body);
     let expected = json!({
         "name": "12", "url": body["url"], "source": "api", "state": "up", "rate_per_second": 50.0, "burst": 5,
-        "concurrency": 32, "signed": true, "headers": ["x-api-key"],
+        "concurrency": 32, "signed": true, "headers": ["h5push-attempt", "x-api-key"],
     });
     assert_eq!(shown, expected);
     assert_eq!(relay.done("GET", "/v1/endpoints/12", &NOTHING), expected);
@@ -41,6 +41,7 @@ fn an_endpoint_set_by_a_call_wins_over_the_file_until_it_is_deleted() {
     assert!(!list.to_string().contains("planted") && !list.to_string().contains("whsec"));
     let push = push_to("m1", &saved).remove(0);
     assert_eq!(push.header("x-api-key"), "planted");
+    assert_eq!(push.header("h5push-attempt"), "1", "what the relay says itself stands");
     assert!(!push.header("webhook-signature").is_empty());
 
     // A secret that is left out is kept, null removes it; everything else is replaced.

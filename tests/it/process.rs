@@ -215,3 +215,21 @@ fn endpoints_beyond_the_label_limit_are_counted_together() {
     child.kill().unwrap();
     child.wait().unwrap();
 }
+
+#[test]
+fn what_needs_a_restart_is_named_until_there_was_one() {
+    let receiver = Receiver::start();
+    let relay = Relay::start(&config(receiver.address, ""));
+    let path = relay.dir.path().join("config.toml");
+    let first = std::fs::read_to_string(&path).unwrap();
+    let changed = first.replace("[metrics]", "[metrics]\nmax_endpoints = 7");
+    let rounds =
+        [(&changed, vec!["metrics.max_endpoints"]), (&changed, vec!["metrics.max_endpoints"]), (&first, Vec::new())];
+    for (round, (text, needed)) in rounds.into_iter().enumerate() {
+        std::fs::write(&path, text).unwrap();
+        relay.signal("HUP");
+        wait_until("it is read", || relay.log().matches("read anew").count() == round + 1);
+        let status = get(relay.local, "/v1/status").json();
+        assert_eq!(status["config"]["needs_restart"], serde_json::json!(needed), "round {round}");
+    }
+}

@@ -2,7 +2,7 @@
 //!
 //! Beside `N.log` with the letters, `N.idx` has 24 bytes for each, so that listing reads little and memory holds one
 //! bit a letter: whether it is gone (replayed, purged, too many). `N.idx` is made anew from the log when it does not fit.
-//! That a letter is gone is a record of the journal; what the journal says is written to `N.gone` before a checkpoint
+//! That a letter is gone is a record of the journal, but for those beyond `dead_letters.max`; what the journal says is written to `N.gone` before a checkpoint
 //! covers it.
 
 mod file;

@@ -51,6 +51,8 @@ pub(super) struct Keeper<'a> {
     /// The last checkpoint: up to where, and when (monotonic).
     last: Position,
     last_at: Duration,
+    /// The segment in which the part of the journal ends that the last checkpoint covers; 0 before the first.
+    covered: u64,
     swept: u32,
     /// The wall clock less the monotonic one, and until when (monotonic) the first is not to be trusted.
     skew_ms: Option<u64>,
@@ -70,6 +72,7 @@ impl<'a> Keeper<'a> {
             applier: Some(applier),
             last: Position::default(),
             last_at,
+            covered: 0,
             swept: 0,
             skew_ms: None,
             distrusted_until: Duration::ZERO,
@@ -341,14 +344,15 @@ impl<'a> Keeper<'a> {
             queue: queue.number(),
         };
         checkpoint.write(&inner.settings.dir)?;
-        let before = std::mem::replace(&mut self.last, end);
+        self.last = end;
+        let before = std::mem::replace(&mut self.covered, active);
         self.remove(&queue, &freed)?;
         // What the checkpoint before this one names stays, should this one be damaged.
         StateLog::remove_before(&inner.settings.dir, self.log_before)?;
         self.log_before = checkpoint.state_log;
         self.copying.checkpointed(inner)?;
         // Should this checkpoint be damaged, the one before it knows the offsets of its segments.
-        let below = before.segment.min(active);
+        let below = before.min(active);
         let freed = freed.iter().copied().collect();
         compact::compact(inner, &queue, (&snapshot, below), &freed, &mut self.uncompactable)?;
         Ok(())

@@ -82,6 +82,16 @@ impl Queue {
     }
 }
 
+#[cfg(test)]
+impl Queue {
+    /// Makes no page of any bucket read back.
+    pub(in crate::store) fn spoil_buckets(&self, kind: u8) {
+        for key in self.db.scan_prefix([kind]).keys() {
+            self.db.insert(key.unwrap(), &[0xff_u8; 9]).unwrap();
+        }
+    }
+}
+
 pub(super) fn page_key(kind: u8, bucket: u32, page: u8) -> [u8; 6] {
     let [a, b, c, d] = bucket.to_be_bytes();
     [kind, a, b, c, d, page]

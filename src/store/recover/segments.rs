@@ -140,7 +140,7 @@ impl Opening<'_> {
         }
         self.metrics.damaged("journal", scan.damaged.len() as u64);
         if scan.is_torn {
-            tracing::warn!(segment, at = scan.valid_len, "cut a torn end, none of which had been acknowledged");
+            tracing::warn!(segment, at = scan.valid_len, "cut a torn end, none of which is known to have been synced");
             self.metrics.damaged("torn_tail", 1);
         }
     }
