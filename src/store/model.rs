@@ -1,11 +1,13 @@
 //! The store against a plain model: random posts, deliveries, withdrawals, crashes and stops, small segments.
 
 mod damaged;
+mod seen;
 
 use std::collections::BTreeMap;
 
 use tokio::sync::mpsc;
 
+pub(super) use self::seen::{names, waiting};
 use super::queue;
 use super::*;
 use crate::domain::customer::{Hearing, NameKind, Toggle};
@@ -55,38 +57,6 @@ pub(super) fn empty_schedule() -> Schedule {
     let limits = crate::domain::endpoint::Limits { rate_per_second: 1e6, burst: 100_000, concurrency: 1_000 };
     schedule.put_endpoint(EndpointName::DEFAULT, limits, 0);
     schedule
-}
-
-/// What a schedule says waits, read back from disk.
-pub(super) fn waiting(schedule: &Schedule, store: &Store) -> BTreeMap<usize, Vec<String>> {
-    let mut all = BTreeMap::new();
-    for lane in 0..LANES {
-        let events = schedule.events_of(Play::lane(store, lane));
-        let ids: Vec<String> = events
-            .iter()
-            .map(|event| {
-                let reader = store.reader(event.slot()).unwrap();
-                let stored = reader.read(schedule.backlog.offset(*event)).unwrap().unwrap();
-                assert_eq!(stored.seq(), schedule.backlog.seq(*event));
-                stored.event().unwrap().event_id().into_owned()
-            })
-            .collect();
-        if !ids.is_empty() {
-            all.insert(lane, ids);
-        }
-    }
-    all
-}
-
-/// The customers' other names, found by them as well.
-pub(super) fn names(store: &Store) -> BTreeMap<usize, String> {
-    let name = |lane: usize| {
-        let customer = format!("c{lane}");
-        let name = store.customer(Plugin::NONE, &customer, 1_000).unwrap()?.customer_token?;
-        assert_eq!(store.customer_named(NameKind::Customer, Plugin::NONE, &name).unwrap(), Some(customer));
-        Some((lane, name))
-    };
-    (0..LANES).filter_map(name).collect()
 }
 
 /// A store, a relay played by hand, and what should be waiting.

@@ -337,10 +337,7 @@ fn run(seed: u64) {
     for _ in 0..posts {
         sim.post();
         match sim.rng.u8(0..28) {
-            0 => {
-                let lane = sim.rng.usize(0..sim.lanes);
-                sim.withdraw_lane(lane, u64::MAX);
-            }
+            0 => sim.withdraw_lane(sim.events.len() % sim.lanes, u64::MAX),
             1 => sim.restart(),
             2 => sim.turn_pause(),
             3 => sim.retry_now(),
