@@ -145,8 +145,9 @@ impl Opener<'_> {
         let mut applier = Applier::resume(&queue, at, state_log, from, self.applier_settings())?;
         apply_rest(&queue, &mut applier)?;
         if damaged > 0 {
-            // It is written from the rows: all that was read must be in them.
-            applier.commit(&queue)?;
+            // It is written from the rows: all that was read must be in them. The position comes after it, so that a crash
+            // in between builds all of it again.
+            applier.change_rows(&queue)?;
             applier.rewrite_state_log(&queue, &self.settings.dir)?;
         }
         applier.commit(&queue)?;
