@@ -30,10 +30,11 @@ fn main() {
         let customers = number(at + 2).unwrap_or(events / 10).max(1);
         let endpoints = number(at + 3).unwrap_or(1_000).clamp(1, customers);
         runtime.block_on(scale::run(load::Shape { customers, endpoints }, events));
-    } else if let [_, mode, address, sink] = &*arguments
+    } else if let [_, mode, address, sink, log @ ..] = &*arguments
         && mode == "forward"
     {
-        runtime.block_on(forward::serve(address.parse().unwrap(), sink.parse().unwrap()));
+        let log = log.first().map(Into::into);
+        runtime.block_on(forward::serve(address.parse().unwrap(), sink.parse().unwrap(), log));
     } else if arguments.iter().any(|argument| argument == "beside") {
         runtime.block_on(beside::run());
     } else {

@@ -27,7 +27,7 @@ pub async fn run() {
     println!("fdatasync of this disk, p50                {:>12.3} ms", fdatasync_p50().as_secs_f64() * 1e3);
 
     let mut ceilings = Vec::new();
-    let mut forwarded = Vec::new();
+    let mut forwarded = [Vec::new(), Vec::new()];
     let mut relayed = Vec::new();
     let mut costs = Vec::new();
     for round in 0..ROUNDS {
@@ -36,11 +36,16 @@ pub async fn run() {
         let direct_ticks = cpu_ticks(std::process::id()) - before;
         ceilings.push(EVENTS as f64 / took.as_secs_f64());
 
-        let forwarder = Forwarder::start(sink_address).await;
-        let took = post_all(forwarder.address, "/", SHAPE, EVENTS, 1, round * EVENTS).await;
-        let forward_ticks = cpu_ticks(forwarder.pid());
-        forwarded.push(EVENTS as f64 / took.as_secs_f64());
-        drop(forwarder);
+        let mut forward_ticks = [0; 2];
+        for stores in [false, true] {
+            let forwarder = Forwarder::start(sink_address, stores).await;
+            sink.messages.store(0, Ordering::SeqCst);
+            let begun = Instant::now();
+            post_all(forwarder.address, "/", SHAPE, EVENTS, 1, round * EVENTS).await;
+            sink.wait_for(EVENTS).await;
+            forwarded[usize::from(stores)].push(EVENTS as f64 / begun.elapsed().as_secs_f64());
+            forward_ticks[usize::from(stores)] = cpu_ticks(forwarder.pid());
+        }
 
         let relay = Relay::start(sink_address);
         sink.messages.store(0, Ordering::SeqCst);
@@ -52,21 +57,25 @@ pub async fn run() {
         let relay_ticks = cpu_ticks(relay.pid());
         costs.push(relay_ticks as f64 / direct_ticks as f64);
         println!(
-            "round {round}: direct {:>8.0}/s   forwarded {:>8.0}/s   accepted {:>8.0}/s   accepted and delivered {:>8.0}/s   \
-             CPU of an event: direct {:>3.0} µs, forwarder {:>3.0} µs, relay {:>3.0} µs",
+            "round {round}: direct {:>8.0}/s   forwarded {:>8.0}/s   stored and forwarded {:>8.0}/s   \
+             accepted {:>8.0}/s   accepted and delivered {:>8.0}/s   \
+             CPU of an event: direct {:>3.0} µs, forwarder {:>3.0} µs, with a file {:>3.0} µs, relay {:>3.0} µs",
             ceilings.last().unwrap(),
-            forwarded.last().unwrap(),
+            forwarded[0].last().unwrap(),
+            forwarded[1].last().unwrap(),
             EVENTS as f64 / accepted.as_secs_f64(),
             relayed.last().unwrap(),
             micros(direct_ticks),
-            micros(forward_ticks),
+            micros(forward_ticks[0]),
+            micros(forward_ticks[1]),
             micros(relay_ticks),
         );
     }
     let (ceiling, relayed) = (median(ceilings), median(relayed));
     println!("one event a request: direct ceiling        {ceiling:>12.0} /s");
-    let forwarded = median(forwarded);
-    println!("one event a request, forwarded, not stored {forwarded:>12.0} /s   ratio {:.2}", forwarded / ceiling);
+    for (what, forwarded) in ["forwarded, not stored", "stored and forwarded "].into_iter().zip(forwarded.map(median)) {
+        println!("one event a request, {what} {forwarded:>12.0} /s   ratio {:.2}", forwarded / ceiling);
+    }
     println!("one event a request, durable and delivered {relayed:>12.0} /s   ratio {:.2}", relayed / ceiling);
     println!(
         "CPU of an event in the relay               {:>12.1} times the direct post's, client and server",
