@@ -124,13 +124,13 @@ async fn authorize<'a>(api: &Api, open_api: &OpenApi, signed: Signed<'a>) -> Res
     let Signed { account, nonce, signed_at } = signed;
     let key = api.store.hashing().nonce(&account.email, &nonce);
     // Only calls that are rightly signed count, once each, so that nobody else can use an account's calls up.
-    if api.store.is_nonce_used(key) {
+    let now_s = clock::wall_ms() / 1_000;
+    if api.store.is_nonce_used(key, now_s) {
         return Err(udesk::unsigned());
     }
     if !api.callers.may_call(&account.email, open_api.rate_limit_per_minute) {
         return Err(udesk::too_many());
     }
-    let now_s = clock::wall_ms() / 1_000;
     let until_s = signed_at + open_api.timestamp_tolerance.as_secs();
     let is_fresh = api.store.use_nonce(key, until_s, now_s).await.map_err(udesk::unavailable)?;
     if is_fresh { Ok(account) } else { Err(udesk::unsigned()) }

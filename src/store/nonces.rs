@@ -14,8 +14,8 @@ pub(super) struct Nonces {
 
 impl Nonces {
     /// Whether it is used up.
-    pub(super) fn contains(&self, key: u128) -> bool {
-        self.until.contains_key(&key)
+    pub(super) fn contains(&self, key: u128, now_s: u64) -> bool {
+        self.until.get(&key).is_some_and(|until| *until >= now_s)
     }
 
     /// Uses a nonce up; `false` when it was used before, or may have been and is forgotten, or no more can be remembered.
@@ -49,6 +49,7 @@ mod tests {
         assert!(nonces.take(1, 100, 0));
         assert!(!nonces.take(1, 100, 50));
         assert!(!nonces.take(1, 130, 100), "until its end");
+        assert!(nonces.contains(1, 100) && !nonces.contains(1, 101) && !nonces.contains(2, 0));
         assert!(!nonces.take(1, 100, 101), "its timestamp became stale while the body came");
         assert!(nonces.take(1, 200, 101));
         nonces.forget(1);

@@ -73,8 +73,8 @@ impl Store {
 
     /// Whether a nonce is used up.
     #[must_use]
-    pub fn is_nonce_used(&self, key: EventKey) -> bool {
-        lock(&self.inner.admission).nonces.contains(key)
+    pub fn is_nonce_used(&self, key: EventKey, now_s: u64) -> bool {
+        lock(&self.inner.admission).nonces.contains(key, now_s)
     }
 
     /// Uses a nonce up, durably. `false`: it was used before, or too many are remembered.
