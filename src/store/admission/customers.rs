@@ -56,24 +56,43 @@ impl Admission {
         mut withdraw: impl FnMut() -> oneshot::Sender<u64>,
     ) -> Result<Step<Option<Ticket>>, Refusal> {
         self.check_open()?;
-        let key = |plugin: &Plugin| StateKey::Customer(*plugin, web_token.to_owned());
-        let keys: Vec<StateKey> = plugins.iter().map(key).filter(|key| self.cache.get(key).is_none()).collect();
-        if !keys.is_empty() {
-            return Ok(self.missing(keys));
+        let mut missing = Vec::new();
+        let mut all_changes = Vec::new();
+        for plugin in plugins {
+            // Also of one who is not remembered: a start withdraws what waits by it, should a crash come before.
+            let mut changes = vec![StateChange::DropCustomer { plugin: *plugin, web_token: web_token.to_owned() }];
+            let key = StateKey::Customer(*plugin, web_token.to_owned());
+            match self.cache.get(&key).cloned() {
+                Some(StateValue::Customer(Some(customer))) => {
+                    for (kind, name) in [NameKind::Customer, NameKind::Sdk]
+                        .into_iter()
+                        .filter_map(|kind| customer.name(kind).map(|name| (kind, name)))
+                    {
+                        let key = StateKey::Name(kind, *plugin, name.to_owned());
+                        match self.cache.get(&key) {
+                            // It may have gone to another one since this customer was heard of last.
+                            Some(StateValue::Name(Some(holder))) if holder == web_token => {
+                                changes.push(name_change(kind, *plugin, name, None));
+                            }
+                            Some(_) => {}
+                            None => missing.push(key),
+                        }
+                    }
+                }
+                Some(_) => {}
+                None => missing.push(key),
+            }
+            all_changes.push((*plugin, changes));
+        }
+        if !missing.is_empty() {
+            return Ok(self.missing(missing));
         }
         let (done, receiver) = oneshot::channel();
         let mut request = self.begin(done);
-        for plugin in plugins {
-            let mut changes = Vec::new();
-            if let Some(StateValue::Customer(Some(customer))) = self.cache.get(&key(plugin)).cloned() {
-                changes.push(StateChange::DropCustomer { plugin: *plugin, web_token: web_token.to_owned() });
-                for kind in [NameKind::Customer, NameKind::Sdk] {
-                    changes.extend(customer.name(kind).map(|name| name_change(kind, *plugin, name, None)));
-                }
-            }
+        for (plugin, changes) in all_changes {
             self.remember(changes, &mut request);
             let (web_token, done) = (web_token.to_owned(), withdraw());
-            request.withdraw.push(WithdrawCustomer { plugin: *plugin, web_token, done });
+            request.withdraw.push(WithdrawCustomer { plugin, web_token, done });
         }
         let ticket = self.stage(request, false).then_some(Ticket { done: receiver });
         Ok(Step::Done(ticket))
