@@ -4,9 +4,9 @@
 //! relay takes beyond them is what its promise costs.
 
 use std::convert::Infallible;
-use std::net::SocketAddr;
 use std::fs::File;
 use std::io::Write;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, mpsc};

@@ -260,6 +260,9 @@ impl Relay {
                 self.heard = end;
                 answers.send();
             }
+            // A switch whose withdrawal waits for a burial lies before the snapshot's place, and a start would not withdraw
+            // by it again: there is none now.
+            Notice::Snapshot(_) if !self.withdrawing.is_empty() => {}
             Notice::Snapshot(reply) => {
                 let marks = self.schedule.backlog.marks().collect();
                 // The store has given up waiting.

@@ -10,7 +10,6 @@ use std::sync::{Arc, PoisonError};
 
 use super::codec::{self, Opened, Record};
 use super::journal::SegmentFile;
-use super::keeper::Freed;
 use super::queue::{BLOCK_EVENTS, IndexEntry, Queue, QueueError};
 use super::segment::{self, Frame};
 use super::{Compacted, Inner, Notice, Snapshot, disk, recover};
@@ -25,17 +24,17 @@ pub(super) const TEMPORARY: &str = "compacting";
 const CHUNK: usize = 1 << 20;
 
 /// Rewrites a few segments, when dead space has passed a third of the whole.
-/// Those that hold damage stay as they are, and are remembered. Only segments `below` that number.
+/// Those that hold damage stay as they are, and are remembered. Only segments `below` that number, and none of `gone`.
 pub(super) fn compact(
     inner: &Inner,
     queue: &Queue,
     (snapshot, below): (&Snapshot, u64),
-    freed: &Freed,
+    gone: &HashSet<u64>,
     uncompactable: &mut HashSet<u64>,
 ) -> Result<(), QueueError> {
     let mut sizes: Vec<(u64, u64, &GroupMark)> = Vec::new();
     for mark in &snapshot.marks {
-        let stays = freed.contains(&mark.segment) || uncompactable.contains(&mark.segment);
+        let stays = gone.contains(&mark.segment) || uncompactable.contains(&mark.segment);
         if mark.segment >= below || stays {
             continue;
         }
@@ -117,7 +116,8 @@ fn rewrite(inner: &Inner, queue: &Queue, mark: &GroupMark) -> Result<bool, Queue
         queue.put_block(mark.segment, generation, block as u32, &entries)?;
     }
     std::fs::rename(&temporary, segment::path(&dir, mark.segment))?;
-    segment::sync_dir(&dir)?;
+    // Under one name or the other all is there.
+    let named = segment::sync_dir(&dir);
     let new = SegmentFile { number: mark.segment, generation, file: Arc::new(file) };
     let Some(new_slot) = ({
         let mut segments = inner.segments.write().unwrap_or_else(PoisonError::into_inner);
@@ -139,6 +139,7 @@ fn rewrite(inner: &Inner, queue: &Queue, mark: &GroupMark) -> Result<bool, Queue
         inner.segments.write().unwrap_or_else(PoisonError::into_inner).free(old_slot);
         queue.remove_blocks(mark.segment, old.generation)?;
     }
+    named?;
     Ok(true)
 }
 

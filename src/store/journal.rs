@@ -132,11 +132,12 @@ impl Writer {
         self.previous
     }
 
-    /// Whether the next group belongs into a new segment.
-    pub(super) fn wants_roll(&self, events: usize) -> bool {
-        self.active
-            .as_ref()
-            .is_none_or(|active| active.len >= self.segment_bytes || active.events as usize + events >= PLACES_MAX - 1)
+    /// Whether the next group, of so many records, belongs into a new segment. One that only waits for what was written
+    /// before does not: there may be no room for a segment.
+    pub(super) fn wants_roll(&self, records: usize) -> bool {
+        let is_full =
+            |active: &Active| active.len >= self.segment_bytes || active.events as usize + records >= PLACES_MAX - 1;
+        self.active.as_ref().is_none_or(|active| records > 0 && is_full(active))
     }
 
     /// Seals the active segment and begins the next.
@@ -334,6 +335,16 @@ mod tests {
     use super::*;
     use crate::store::Ending;
     use crate::store::codec::Settled;
+
+    #[test]
+    fn a_group_without_records_begins_no_segment_while_there_is_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut writer = Writer::new(dir.path().to_owned(), [7; 32], 10, 1, None);
+        assert!(writer.wants_roll(0), "there is none");
+        writer.roll(&mut Segments::default()).unwrap();
+        assert!(writer.wants_roll(1), "it is full already");
+        assert!(!writer.wants_roll(0));
+    }
 
     #[test]
     fn what_was_noted_within_or_behind_a_group_that_is_given_up_is_noted_again() {

@@ -136,6 +136,8 @@ struct Inner {
     queue_number: AtomicU64,
     /// Somebody met damage in the queue: it is to be built anew.
     queue_is_damaged: AtomicBool,
+    /// sled panicked: the queue is to be opened again, and read through.
+    queue_is_suspect: AtomicBool,
     /// By how much the numbers of idempotency keys are ahead of those in the queue's rows, since those were built anew.
     ids_without_rows: AtomicU64,
     dead: Mutex<DeadLetters>,
@@ -335,6 +337,8 @@ impl Inner {
         self.failed(op, error);
         if error.is_damage() {
             self.queue_is_damaged.store(true, Ordering::SeqCst);
+        } else if matches!(error, QueueError::Panicked(_)) {
+            self.queue_is_suspect.store(true, Ordering::SeqCst);
         }
         Refusal::DiskLow
     }

@@ -1,6 +1,7 @@
 //! The store against a plain model: random posts, deliveries, withdrawals, crashes and stops, small segments.
 
 mod damaged;
+mod ended;
 mod seen;
 
 use std::collections::BTreeMap;
@@ -87,6 +88,8 @@ pub(super) enum Told<'a> {
     Ended(&'a str),
     /// The store has been told.
     Noted(&'a str),
+    /// Its customer was switched off or forgotten, and that is acknowledged.
+    Withdrawn(&'a str),
     /// A customer is to have this other name: `e` and a number, as all that is told.
     Naming(usize, &'a str),
     /// It is acknowledged.
@@ -300,13 +303,17 @@ impl Play {
         let store = self.store();
         let lane = self.rng.usize(0..LANES);
         let customer = format!("c{lane}");
-        for id in self.model.remove(&lane).unwrap_or_default() {
-            (self.tell)(Told::Ended(&id));
+        let ended = self.model.remove(&lane).unwrap_or_default();
+        for id in &ended {
+            (self.tell)(Told::Ended(id));
         }
         if self.rng.bool() || self.names.contains_key(&lane) {
             self.switch(&store, &customer, Toggle::Off);
         } else {
             self.wait_for(store.forget(Some(Plugin::NONE), &customer, 1_000)).unwrap();
+        }
+        for id in &ended {
+            (self.tell)(Told::Withdrawn(id));
         }
         drop(store);
         self.restart(true);

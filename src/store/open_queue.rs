@@ -25,6 +25,8 @@ pub(super) struct Opener<'a> {
     pub is_start: bool,
     /// Known not to read back, though it may open.
     pub is_damaged: bool,
+    /// It may not read back: all of it is read.
+    pub is_suspect: bool,
 }
 
 /// A queue whose rows are applied up to the end of the journal.
@@ -59,8 +61,8 @@ impl Opener<'_> {
                 Err(error) if error.is_no_space() || (!self.is_start && error.is_of_a_file()) => return Err(error),
                 Err(error) => {
                     tracing::error!(%error, "the queue is set aside and built anew from the journal");
-                    self.metrics.damaged("queue", 1);
                     set_aside(&self.settings.dir, &dir)?;
+                    self.metrics.damaged("queue", 1);
                 }
             }
         } else if needed.is_some() && self.is_start {
@@ -90,6 +92,9 @@ impl Opener<'_> {
             return Err(QueueError::Damaged("it is older than the checkpoint"));
         }
         let state_log = StateLog::open(&self.settings.dir, &at)?;
+        if self.is_suspect {
+            queue.read_through()?;
+        }
         // What a start reads besides must be whole too.
         queue.settings()?;
         queue.nonces()?;
@@ -182,6 +187,7 @@ pub(super) fn reopen(inner: &Inner) -> Result<(Arc<Queue>, Applier), QueueError>
         hashing: inner.hashing(),
         is_start: false,
         is_damaged: inner.queue_is_damaged.load(Ordering::SeqCst),
+        is_suspect: inner.queue_is_suspect.load(Ordering::SeqCst),
     };
     let durable = *inner.durable.lock().unwrap_or_else(PoisonError::into_inner);
     let number = inner.queue_number.load(Ordering::Relaxed);
@@ -190,6 +196,7 @@ pub(super) fn reopen(inner: &Inner) -> Result<(Arc<Queue>, Applier), QueueError>
         renumber_ids(inner, &opened)?;
         inner.queue_is_damaged.store(false, Ordering::SeqCst);
     }
+    inner.queue_is_suspect.store(false, Ordering::SeqCst);
     Ok((opened.queue, opened.applier))
 }
 

@@ -76,8 +76,8 @@ impl Inner {
         for is_last in [false, true] {
             let (begun, written) = {
                 let mut writer = lock(&self.writer);
-                let events = requests.iter().map(|request| request.staged.len()).sum();
-                let begun = if writer.wants_roll(events) { Some(self.roll(&mut writer)?) } else { None };
+                let records = requests.iter().map(|request| request.staged.len()).sum();
+                let begun = if writer.wants_roll(records) { Some(self.roll(&mut writer)?) } else { None };
                 (begun, writer.write_group(requests))
             };
             // With the lock released: the relay may be waiting for it while its channel is full.

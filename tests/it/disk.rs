@@ -248,3 +248,41 @@ fn a_disk_that_another_program_fills_at_random_instants_loses_nothing() {
     println!("the disk was full {rounds} times, sled harmed {harmed} times, and opened again {again} times");
     assert!(!log.contains("damaged records"));
 }
+
+/// What has been delivered makes the room that the rest needs, also where a kill came while the disk was full.
+#[test]
+fn a_disk_that_stays_full_is_freed_by_what_is_delivered() {
+    let Some(small) = Small::mount("400m") else { return };
+    let receiver = Receiver::start();
+    receiver.answer_status(503);
+    let text =
+        config(receiver.address, "[outbox]\nmin_free_disk = 0\n[backoff]\ninitial = \"50ms\"\nmax = \"200ms\"\n");
+    let dir = Arc::new(tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap());
+    let data = small.0.path().join("data");
+    std::fs::create_dir(&data).unwrap();
+    std::os::unix::fs::symlink(&data, dir.path().join("data")).unwrap();
+    let relay = Relay::start_in(dir, &text);
+    let mut events = 0;
+    while bytes_below(&data.join("journal")) < 250 << 20 {
+        let large = |n: usize| {
+            let mut event = event(&format!("c{n}"), &format!("{events}-{n}"));
+            event["messages"][0]["content"] = json!("x".repeat(100_000));
+            format!("{event}\n")
+        };
+        let answer = relay.post_text("application/x-ndjson", &(0..16).map(large).collect::<String>());
+        assert_eq!(answer.status, 202, "{}", answer.text());
+        events += 16;
+    }
+    let dir = relay.kill();
+    // Nor is there room for another segment.
+    std::fs::remove_file(data.join("journal/spare")).unwrap();
+    let mut ballast = std::fs::File::create(small.0.path().join("ballast")).unwrap();
+    for size in [1 << 16, 1 << 12] {
+        while std::io::Write::write_all(&mut ballast, &vec![1; size]).is_ok() {}
+    }
+    let relay = Relay::start_in(dir, &text);
+    receiver.answer_status(200);
+    relay.wait_metric("h5push_outbox_events", &[("endpoint", "12")], |count| count == 0.0);
+    wait_until("room for an event", || relay.post(&event("new", "new")).status == 202);
+    wait_until("the room of what was delivered", || bytes_below(&data.join("journal")) < 150 << 20);
+}

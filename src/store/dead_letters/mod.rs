@@ -50,6 +50,13 @@ pub(super) struct DeadMark {
     last: u64,
 }
 
+impl DeadMark {
+    /// With the numbers that files have had since.
+    pub(super) fn up_to_file_of(self, later: &DeadMark) -> DeadMark {
+        DeadMark { last: later.last, ..self }
+    }
+}
+
 /// All dead letters.
 #[derive(Debug)]
 pub(super) struct DeadLetters {

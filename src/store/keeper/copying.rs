@@ -8,7 +8,7 @@ use std::time::Duration;
 use crate::clock;
 use crate::store::applier::Applier;
 use crate::store::queue::{self, Queue};
-use crate::store::{Inner, lock};
+use crate::store::{Inner, Refusal, lock};
 
 /// Rows of the queue that are copied at a time: a few milliseconds.
 const COPY_ROWS: usize = 500;
@@ -91,7 +91,7 @@ impl Copying {
                 false
             }
             Err(error) => {
-                inner.failed("queue", &error);
+                let _: Refusal = inner.queue_failed("queue", &error);
                 true
             }
         }

@@ -18,6 +18,7 @@ use self::copying::Copying;
 use super::applier::{Applier, advance};
 use super::checkpoint::{Checkpoint, Live, SegmentMark};
 use super::compact;
+use super::dead_letters::DeadMark;
 use super::journal::{SPARE, SPARE_NEW};
 use super::open_queue;
 use super::queue::{Queue, QueueError};
@@ -62,6 +63,13 @@ pub(super) struct Keeper<'a> {
     copying: Copying,
     /// Segments that hold damage.
     uncompactable: HashSet<u64>,
+    /// Segments of which nothing waited at the last checkpoint, and that are there yet: should that one be damaged, the
+    /// one before it needs what they say of others.
+    empty_before: HashSet<u64>,
+    /// The dead letters at the last checkpoint, or at the start.
+    dead_before: DeadMark,
+    /// The room held ready was given back, and no checkpoint has made any since.
+    is_full: bool,
 }
 
 impl<'a> Keeper<'a> {
@@ -79,6 +87,9 @@ impl<'a> Keeper<'a> {
             log_before: 0,
             copying: Copying::default(),
             uncompactable: HashSet::new(),
+            empty_before: HashSet::new(),
+            dead_before: lock(&inner.dead).mark(),
+            is_full: false,
         }
     }
 
@@ -104,15 +115,7 @@ impl<'a> Keeper<'a> {
             if is_ending || self.is_due(durable, now) {
                 self.last_at = now;
                 if let Err(error) = self.checkpoint() {
-                    self.inner.failed("checkpoint", &error);
-                    if error.is_no_space() {
-                        // What a checkpoint frees is worth more than what is held ready.
-                        disk::release_reserve(&self.inner.settings.dir);
-                    }
-                    // A file that cannot be written just now says nothing of sled.
-                    if !matches!(error, QueueError::Sync(_)) {
-                        self.give_up(&error);
-                    }
+                    self.failed("checkpoint", &error);
                 }
             }
             if is_ending {
@@ -140,6 +143,9 @@ impl<'a> Keeper<'a> {
         if self.applier.is_some() && self.inner.queue_is_damaged.load(Ordering::SeqCst) {
             return self.give_up(&QueueError::Damaged("a caller's read of it failed"));
         }
+        if self.applier.is_some() && self.inner.queue_is_suspect.load(Ordering::SeqCst) {
+            return self.give_up(&QueueError::Panicked("while a caller read".to_owned()));
+        }
         let Some(queue) = self.inner.queue() else { return self.reopen() };
         let Some(applier) = self.applier.as_mut() else { return self.reopen() };
         let before = applier.damaged;
@@ -160,8 +166,27 @@ impl<'a> Keeper<'a> {
         }
     }
 
+    /// A file that cannot be written just now says nothing of sled.
+    fn failed(&mut self, op: &'static str, error: &QueueError) {
+        if matches!(error, QueueError::Sync(_)) {
+            self.inner.failed(op, error);
+            self.make_room(error);
+        } else {
+            self.give_up(error);
+        }
+    }
+
+    /// What a checkpoint frees is worth more than what is held ready.
+    fn make_room(&mut self, error: &QueueError) {
+        if error.is_no_space() {
+            disk::release_reserve(&self.inner.settings.dir);
+            self.is_full = true;
+        }
+    }
+
     /// An error of sled's: what was half done is done again after it is opened anew.
     fn give_up(&mut self, error: &QueueError) {
+        self.make_room(error);
         let _: Refusal = self.inner.queue_failed("queue", error);
         self.applier = None;
         *self.inner.queue.write().unwrap_or_else(PoisonError::into_inner) = None;
@@ -176,7 +201,10 @@ impl<'a> Keeper<'a> {
                 self.applier = Some(applier);
                 *self.inner.queue.write().unwrap_or_else(PoisonError::into_inner) = Some(queue);
             }
-            Err(error) => self.inner.failed("queue", &error),
+            Err(error) => {
+                self.make_room(&error);
+                self.inner.failed("queue", &error);
+            }
         }
     }
 
@@ -188,7 +216,8 @@ impl<'a> Keeper<'a> {
                 || (durable.segment == self.last.segment
                     && u64::from(durable.offset - self.last.offset.min(durable.offset)) > CHECKPOINT_BYTES));
         let is_old = since >= self.inner.settings.checkpoint_every;
-        let is_new = self.copying.is_replaced() || lock(&self.inner.writer).end() != self.last;
+        let is_new =
+            self.copying.is_replaced() || !self.empty_before.is_empty() || lock(&self.inner.writer).end() != self.last;
         self.applier.is_some() && (far || is_old) && is_new
     }
 
@@ -203,7 +232,9 @@ impl<'a> Keeper<'a> {
             tracing::warn!(free, floor = inner.settings.free_min, is_low, "free space of the data directory");
         }
         if !is_low {
-            disk::keep_reserve(&inner.settings.dir);
+            if !self.is_full {
+                disk::keep_reserve(&inner.settings.dir);
+            }
             self.prepare_spare();
         }
         // What the relay noted since the last group waits for a sync: so that rows are never far behind.
@@ -215,10 +246,9 @@ impl<'a> Keeper<'a> {
             drop(lock(&inner.admission).stage_sync());
             inner.work.notify_all();
         }
-        if !self.trusts_the_clock() {
-            return self.commit_rows(|_| false);
-        }
-        let expired = lock(&inner.dead).expire(clock::wall_ms());
+        let now_ms = clock::wall_ms();
+        let is_trusted = self.trusts_the_clock();
+        let expired = lock(&inner.dead).expire(if is_trusted { now_ms } else { 0 });
         match expired {
             Ok(gone) => {
                 for (endpoint, count) in gone {
@@ -228,8 +258,8 @@ impl<'a> Keeper<'a> {
             }
             Err(error) => inner.failed("expire", &error),
         }
-        let (now_s, forget_after_s) = (clock::wall_ms() / 1_000, inner.settings.rules.forget_after_s);
-        self.commit_rows(|customer| customer.is_forgotten(now_s, forget_after_s));
+        let forget_after_s = inner.settings.rules.forget_after_s;
+        self.commit_rows(|customer| is_trusted && customer.is_forgotten(now_ms / 1_000, forget_after_s));
     }
 
     /// Whether the wall clock went as time goes, for a while.
@@ -256,7 +286,7 @@ impl<'a> Keeper<'a> {
                 self.swept = (self.swept + 1) % state::BUCKETS;
             }
             if let Err(error) = swept {
-                self.give_up(&error);
+                self.failed("queue", &error);
             }
         }
     }
@@ -277,21 +307,21 @@ impl<'a> Keeper<'a> {
     }
 
     /// Has what was noted since the last group put on stable storage, by the journal's thread: an error of a sync made
-    /// here would be told here only, and the next group be taken for synced. Says whether the disk takes it.
-    fn sync_notes(&self) -> bool {
+    /// here would be told here only, and the next group be taken for synced. Where the disk does not take it, a checkpoint
+    /// says what has ended, and may free the room for it.
+    fn sync_notes(&self) {
         let inner = self.inner;
         let mut done = lock(&inner.admission).stage_sync();
         inner.work.notify_all();
         let deadline = clock::monotonic() + SNAPSHOT_LIMIT;
         loop {
             match done.try_recv() {
-                Ok(synced) => return synced.is_ok(),
-                // The journal's thread has ended: what is noted is read back at the next start.
-                Err(oneshot::error::TryRecvError::Closed) => return true,
+                // Closed: the journal's thread has ended, and what is noted is read back at the next start.
+                Ok(_) | Err(oneshot::error::TryRecvError::Closed) => return,
                 Err(oneshot::error::TryRecvError::Empty) => {}
             }
             if inner.is_ending.load(Ordering::SeqCst) || clock::monotonic() > deadline {
-                return true;
+                return;
             }
             std::thread::sleep(SYNC_AGAIN);
         }
@@ -301,12 +331,9 @@ impl<'a> Keeper<'a> {
     /// and the state log; the checkpoint file; only then remove what it frees.
     fn checkpoint(&mut self) -> Result<(), QueueError> {
         let inner = self.inner;
-        if !self.sync_notes() {
-            return Ok(());
-        }
+        self.sync_notes();
         let (Some(queue), Some(applier)) = (inner.queue(), self.applier.as_mut()) else { return Ok(()) };
         let end = lock(&inner.writer).end();
-        // Before the snapshot: a letter that comes after it is found behind the mark, and its event is not pushed.
         let dead_mark = lock(&inner.dead).mark();
         let Some(snapshot) = ask_snapshot(inner) else { return Ok(()) };
         if let Err(error) = advance(inner, applier, &queue, snapshot.position) {
@@ -324,14 +351,19 @@ impl<'a> Keeper<'a> {
         queue.flush()?;
         let active = snapshot.position.segment;
         let mut freed = Vec::new();
+        let mut empty = HashSet::new();
         let mut segments = Vec::new();
         for mark in &snapshot.marks {
             let live = Live::pack(&mark.settled, mark.places);
-            if live.is_empty() && mark.segment < active {
+            let is_empty = live.is_empty() && mark.segment < active;
+            if is_empty && self.empty_before.contains(&mark.segment) {
                 freed.push(mark.segment);
-            } else {
-                segments.push(SegmentMark { number: mark.segment, live });
+                continue;
             }
+            if is_empty {
+                empty.insert(mark.segment);
+            }
+            segments.push(SegmentMark { number: mark.segment, live });
         }
         segments.sort_unstable_by_key(|mark| mark.number);
         let checkpoint = Checkpoint {
@@ -340,11 +372,16 @@ impl<'a> Keeper<'a> {
             segments,
             state_log: applier.state_log.number,
             state_len: applier.state_log.len,
-            dead: dead_mark,
+            // A letter may be there before the relay has heard of it, whose event still waits in the snapshot: it is found
+            // behind an older mark, and the event is not pushed.
+            dead: self.dead_before.clone().up_to_file_of(&dead_mark),
             queue: queue.number(),
         };
         checkpoint.write(&inner.settings.dir)?;
         self.last = end;
+        self.is_full = false;
+        self.dead_before = dead_mark;
+        self.empty_before.clone_from(&empty);
         let before = std::mem::replace(&mut self.covered, active);
         self.remove(&queue, &freed)?;
         // What the checkpoint before this one names stays, should this one be damaged.
@@ -353,8 +390,8 @@ impl<'a> Keeper<'a> {
         self.copying.checkpointed(inner)?;
         // Should this checkpoint be damaged, the one before it knows the offsets of its segments.
         let below = before.min(active);
-        let freed = freed.iter().copied().collect();
-        compact::compact(inner, &queue, (&snapshot, below), &freed, &mut self.uncompactable)?;
+        let gone: HashSet<u64> = freed.into_iter().chain(empty).collect();
+        compact::compact(inner, &queue, (&snapshot, below), &gone, &mut self.uncompactable)?;
         Ok(())
     }
 
@@ -391,6 +428,3 @@ fn ask_snapshot(inner: &Inner) -> Option<Snapshot> {
     inner.notices.blocking_send(Notice::Snapshot(tell)).ok()?;
     told.recv_timeout(SNAPSHOT_LIMIT).ok()
 }
-
-/// Segments that a checkpoint has freed.
-pub(super) type Freed = HashSet<u64>;

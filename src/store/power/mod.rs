@@ -60,6 +60,7 @@ enum Step {
 const ACCEPTED: u8 = b'A';
 const ENDED: u8 = b'E';
 const NOTED: u8 = b'N';
+const WITHDRAWN: u8 = b'W';
 const NAMING: u8 = b'n';
 const NAMED: u8 = b'M';
 
@@ -92,7 +93,7 @@ fn steps(mut log: &[u8]) -> Vec<Step> {
             }
             b'u' => Step::Unlink(path(bytes)),
             b'k' => Step::MakeDir(path(bytes)),
-            what @ (ACCEPTED | ENDED | NOTED | NAMING | NAMED) => {
+            what @ (ACCEPTED | ENDED | NOTED | WITHDRAWN | NAMING | NAMED) => {
                 Step::Told { what, customer: file, event: String::from_utf8(bytes.to_vec()).unwrap() }
             }
             other => panic!("a step of kind {other}"),
@@ -229,6 +230,10 @@ fn check(steps: &[Step], unsynced: Unsynced, dir: &Path) -> Result<(), String> {
     if unsynced == Unsynced::Kept && !again.is_empty() {
         problems.push(format!("known to have ended, and waiting again: {again:?}"));
     }
+    let back: Vec<u64> = told(WITHDRAWN).intersection(&all).copied().collect();
+    if !back.is_empty() {
+        problems.push(format!("withdrawn, and waiting again: {back:?}"));
+    }
     for customer in 0..LANES {
         // The last name that was acknowledged, or one that was on its way.
         let mut may_be = vec![None];
@@ -258,6 +263,7 @@ fn play(dir: PathBuf, log: &Path, seed: u64) {
             Told::Accepted(event) => (ACCEPTED, 0, event),
             Told::Ended(event) => (ENDED, 0, event),
             Told::Noted(event) => (NOTED, 0, event),
+            Told::Withdrawn(event) => (WITHDRAWN, 0, event),
             Told::Naming(customer, name) => (NAMING, customer, name),
             Told::Named(customer, name) => (NAMED, customer, name),
         };

@@ -60,7 +60,8 @@ impl Queue {
             *copying = Some(copy);
             return Ok(None);
         }
-        copy.to.flush()?;
+        // Of no use, which says nothing of this one.
+        copy.to.flush().map_err(std::io::Error::other)?;
         let to = path(dir, copy.to.number);
         std::fs::File::create(to.join(WHOLE))?;
         segment::sync_dir(&to)?;

@@ -85,7 +85,12 @@ impl QueueError {
 
     /// Whether what is on disk does not read back: opening it again changes nothing.
     pub(in crate::store) fn is_damage(&self) -> bool {
-        matches!(self, QueueError::Damaged(_) | QueueError::Sled(sled::Error::Corruption { .. }))
+        use std::io::ErrorKind::{InvalidData, UnexpectedEof};
+        match self {
+            QueueError::Damaged(_) | QueueError::Sled(sled::Error::Corruption { .. }) => true,
+            QueueError::Sled(sled::Error::Io(error)) => matches!(error.kind(), InvalidData | UnexpectedEof),
+            QueueError::Sled(_) | QueueError::Panicked(_) | QueueError::Hung | QueueError::Sync(_) => false,
+        }
     }
 
     /// Whether it is only for want of space.
@@ -188,14 +193,25 @@ impl Queue {
         self.number
     }
 
-    /// Makes all that was inserted durable.
+    /// Reads every row.
+    pub(in crate::store) fn read_through(&self) -> Result<(), QueueError> {
+        guarded(|| self.db.iter().try_for_each(|row| Ok(row.map(drop)?)))
+    }
+
+    /// Makes all that was inserted durable. Where the disk does not take it, the rows are not to be trusted any more: the
+    /// next sync of the same file may say that all is well.
     pub(in crate::store) fn flush(&self) -> Result<(), QueueError> {
-        guarded(|| {
+        let flushed = guarded(|| {
             self.db.flush()?;
-            Ok(())
-        })?;
-        self.file.sync_all()?;
-        Ok(())
+            Ok(self.file.sync_all()?)
+        });
+        flushed.map_err(|error| {
+            if error.is_no_space() || !error.is_of_a_file() {
+                return error;
+            }
+            tracing::error!(%error, "syncing the queue's file");
+            QueueError::Damaged("its file could not be synced")
+        })
     }
 
     fn get_row<T: DeserializeOwned>(&self, key: &[u8], what: &'static str) -> Result<Option<T>, QueueError> {

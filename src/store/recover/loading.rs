@@ -1,5 +1,6 @@
 //! Fills the schedule with what waits in one segment.
 
+use std::collections::HashMap;
 use std::io;
 
 use super::Found;
@@ -10,10 +11,13 @@ use crate::domain::keys::{HashKey, LaneKey};
 use crate::domain::schedule::Schedule;
 use crate::metrics::StoreMetrics;
 use crate::store::checkpoint::Live;
-use crate::store::codec::{Ending, Record, StateChange};
+use crate::store::codec::{Record, StateChange};
 use crate::store::queue::{BLOCK_EVENTS, IndexEntry, Queue, QueueError};
 use crate::store::segment::{self, Frame};
-use crate::store::{Note, Position, Segments};
+use crate::store::{Position, Segments};
+
+/// Events that a start withdraws, by sequence number, with their lanes.
+pub(super) type Withdrawn = HashMap<u64, LaneKey>;
 
 /// One segment on its way into the schedule.
 pub(super) struct Loading<'a> {
@@ -93,56 +97,60 @@ impl Loading<'_> {
         Ok(rows)
     }
 
-    /// Adds what came after the checkpoint, and takes out what ended after it. Answers what was withdrawn, and by a crash
-    /// not recorded any more: a customer who was switched off or forgotten is not pushed to.
-    pub(super) fn replay(&self, schedule: &mut Schedule, hashing: &HashKey) -> io::Result<Vec<Note>> {
-        let mut withdrawn = Vec::new();
+    /// Adds what came after the checkpoint, and takes out what ended after it. A customer who was switched off or
+    /// forgotten is not pushed to: `withdrawn` has the events of which no record says how they ended, for want of it at a
+    /// crash.
+    pub(super) fn replay(
+        &self,
+        schedule: &mut Schedule,
+        hashing: &HashKey,
+        withdrawn: &mut Withdrawn,
+    ) -> io::Result<()> {
         let from = if self.is_covered(0) {
             if self.covered.segment != self.found.number {
-                return Ok(withdrawn);
+                return Ok(());
             }
             self.covered.offset
         } else {
             0
         };
         if from >= self.found.end {
-            return Ok(withdrawn);
+            return Ok(());
         }
-        segment::scan_synced(&self.found.file, self.found.number, from, self.found.end, |frame| match Record::decode(
-            frame.body(),
-        ) {
-            Some(Record::Accepted(_)) => {
-                if let Some(entry) = index_entry(frame) {
-                    self.add(schedule, &entry, true);
-                }
-            }
-            Some(Record::Settled(settled)) => {
-                let events: Vec<Handle> = settled
-                    .seqs
-                    .iter()
-                    .filter_map(|seq| {
-                        let number = seq >> crate::domain::backlog::PLACE_BITS;
-                        schedule.backlog.find(*self.segments.slots.get(&number)?, *seq)
-                    })
-                    .collect();
-                schedule.settled_before(settled.lane, &events, 0);
-            }
-            Some(Record::State(change)) => {
-                let Some((plugin, web_token)) = withdraws(&change) else { return };
-                for (_, lane) in hashing.lanes(plugin, web_token) {
-                    let found = schedule.withdraw(lane, u64::MAX, 0);
-                    let seqs: Vec<u64> = found.events.iter().map(|event| schedule.backlog.seq(*event)).collect();
-                    if !seqs.is_empty() {
-                        let retry_is_over = found.had_retry;
-                        withdrawn.push(Note::Settled { lane, ending: Ending::Withdrawn, retry_is_over, seqs });
+        segment::scan_synced(&self.found.file, self.found.number, from, self.found.end, |frame| {
+            match Record::decode(frame.body()) {
+                Some(Record::Accepted(_)) => {
+                    if let Some(entry) = index_entry(frame) {
+                        self.add(schedule, &entry, true);
                     }
                 }
+                Some(Record::Settled(settled)) => {
+                    let events: Vec<Handle> = settled
+                        .seqs
+                        .iter()
+                        .filter_map(|seq| {
+                            let number = seq >> crate::domain::backlog::PLACE_BITS;
+                            schedule.backlog.find(*self.segments.slots.get(&number)?, *seq)
+                        })
+                        .collect();
+                    schedule.settled_before(settled.lane, &events, 0);
+                    for seq in &settled.seqs {
+                        withdrawn.remove(seq);
+                    }
+                }
+                Some(Record::State(change)) => {
+                    let Some((plugin, web_token)) = withdraws(&change) else { return };
+                    for (_, lane) in hashing.lanes(plugin, web_token) {
+                        let found = schedule.withdraw(lane, u64::MAX, 0);
+                        withdrawn.extend(found.events.iter().map(|event| (schedule.backlog.seq(*event), lane)));
+                    }
+                }
+                Some(Record::Opened(_) | Record::Deferred(_) | Record::Sealed { .. })
+                | Some(Record::Dead(_) | Record::Gone(_))
+                | None => {}
             }
-            Some(Record::Opened(_) | Record::Deferred(_) | Record::Sealed { .. })
-            | Some(Record::Dead(_) | Record::Gone(_))
-            | None => {}
-        })?;
-        Ok(withdrawn)
+        })
+        .map(drop)
     }
 
     fn add(&self, schedule: &mut Schedule, entry: &IndexEntry, waits: bool) {

@@ -20,8 +20,8 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 
-use self::loading::Loading;
 pub(super) use self::loading::index_entry;
+use self::loading::{Loading, Withdrawn};
 use self::segments::Found;
 use super::admission::Admission;
 use super::applier::{Applier, RetryRow};
@@ -34,7 +34,7 @@ use super::keeper::Keeper;
 use super::open_queue::Opener;
 use super::queue::{self, ID_ROW, Queue, QueueError};
 use super::segment;
-use super::{Inner, Note, Notice, Position, SEGMENT_BYTES, Segments, Settings, Store, Threads};
+use super::{Ending, Inner, Note, Notice, Position, SEGMENT_BYTES, Segments, Settings, Store, Threads};
 use crate::clock;
 use crate::domain::keys::{EventKey, HashKey, LaneKey};
 use crate::domain::schedule::Schedule;
@@ -168,6 +168,7 @@ impl Store {
             durable_moved: Condvar::new(),
             queue_number: AtomicU64::new(queue.number()),
             queue_is_damaged: AtomicBool::new(false),
+            queue_is_suspect: AtomicBool::new(false),
             ids_without_rows: AtomicU64::new(0),
             queue: RwLock::new(Some(queue)),
             dead: Mutex::new(dead),
@@ -228,6 +229,7 @@ impl Opening<'_> {
             hashing: self.hashing,
             is_start: true,
             is_damaged: false,
+            is_suspect: false,
         };
         let opened = opener.open(number, |queue, applier| {
             let at = applier.position().segment;
@@ -240,7 +242,7 @@ impl Opening<'_> {
     /// Fills the schedule: from the index rows up to the checkpoint, from the journal itself after it.
     /// Answers what is to be noted of it.
     fn load(&self, queue: &Queue, schedule: &mut Schedule, segments: &mut Segments) -> io::Result<Vec<Note>> {
-        let mut withdrawn = Vec::new();
+        let mut withdrawn = Withdrawn::new();
         let covered = self.checkpoint.as_ref().map_or(Position::default(), |checkpoint| checkpoint.position);
         for found in &self.found {
             let slot = segments.free_slot().ok_or(io::Error::from(io::ErrorKind::StorageFull))?;
@@ -250,10 +252,16 @@ impl Opening<'_> {
             schedule.backlog.open(slot, found.number);
             let loading = Loading { found, slot, covered, segments };
             loading.load_covered(queue, schedule, self.metrics)?;
-            withdrawn.extend(loading.replay(schedule, &self.hashing)?);
+            loading.replay(schedule, &self.hashing, &mut withdrawn)?;
             schedule.backlog.seal(slot);
         }
-        Ok(withdrawn)
+        let mut lanes: BTreeMap<LaneKey, Vec<u64>> = BTreeMap::new();
+        for (seq, lane) in withdrawn {
+            lanes.entry(lane).or_default().push(seq);
+        }
+        // What was tried of them is found to be over when it is restored.
+        let note = |(lane, seqs)| Note::Settled { lane, ending: Ending::Withdrawn, retry_is_over: false, seqs };
+        Ok(lanes.into_iter().map(note).collect())
     }
 
     fn load_ids(&self, queue: &Queue, next_id: u64) -> Ids {
