@@ -101,13 +101,14 @@ impl App {
             let begun = clock::now();
             // What waits for an endpoint that is not there is given up: they must be known before it is loaded.
             let prepare = |settings: &_, schedule: &mut Schedule| {
-                for endpoint in file.effective(&api::entries(settings)).values().flatten() {
+                let endpoints = file.effective(&api::entries(settings));
+                for endpoint in endpoints.values().flatten() {
                     schedule.put_endpoint(endpoint.name, endpoint.limits, 0);
                 }
                 for (name, pauses) in api::pauses(settings) {
                     schedule.set_pauses(name, pauses, 0);
                 }
-                for (name, wait) in relay::holds(settings) {
+                for (name, wait) in relay::holds(settings, &endpoints) {
                     schedule.hold(name, wait, clock::micros());
                 }
             };

@@ -50,7 +50,6 @@ const OWN_HEADERS: usize = 8;
 pub struct Target {
     /// As configured.
     pub endpoint: Endpoint,
-    pub(super) rule: Arc<UrlRule>,
     connector: HttpsConnector<Dialer>,
     host: Option<HeaderValue>,
     /// Path and query of its URL.
@@ -220,10 +219,10 @@ impl Deliverer {
             .with_tls_config(tls)
             .https_or_http()
             .enable_http1()
-            .wrap_connector(Dialer { resolver: Arc::clone(&self.resolver), rule: Arc::clone(&rule) });
+            .wrap_connector(Dialer { resolver: Arc::clone(&self.resolver), rule });
         let own = Arc::new(Semaphore::new(endpoint.limits.concurrency as usize));
         let places = [own, Arc::clone(&self.idle_places)];
-        Target { endpoint, rule, connector, host, path, idle: Mutex::new(Vec::new()), places }
+        Target { endpoint, connector, host, path, idle: Mutex::new(Vec::new()), places }
     }
 
     /// Makes one attempt. `may_send` is asked right before the first byte; `None` if it says no. The body is held only

@@ -5,18 +5,23 @@ use std::time::Duration;
 
 use super::Relay;
 use crate::clock;
+use crate::config::{Endpoint, Endpoints};
 use crate::domain::endpoint::EndpointName;
 
 const PREFIX: &str = "held/";
 /// A hold that is shorter is over before a restart is.
 const KEPT_MIN: Duration = Duration::from_secs(1);
 
-/// How long endpoints are still to be left alone, from the store's settings.
+/// How long endpoints are still to be left alone, from the store's settings. Another URL has asked for nothing yet.
 #[must_use]
-pub fn holds(settings: &BTreeMap<String, String>) -> Vec<(EndpointName, Duration)> {
+pub fn holds(settings: &BTreeMap<String, String>, endpoints: &Endpoints) -> Vec<(EndpointName, Duration)> {
     let now_ms = clock::wall_ms();
-    let read = |(key, until): (&String, &String)| {
+    let read = |(key, value): (&String, &String)| {
         let name = EndpointName::any(key.strip_prefix(PREFIX)?).ok()?;
+        let (until, url) = value.split_once(' ')?;
+        if url != mark(endpoints.get(&name)?.as_ref()?) {
+            return None;
+        }
         let left_ms = until.parse::<u64>().ok()?.checked_sub(now_ms).filter(|left| *left > 0)?;
         Some((name, Duration::from_millis(left_ms)))
     };
@@ -26,9 +31,9 @@ pub fn holds(settings: &BTreeMap<String, String>) -> Vec<(EndpointName, Duration
 impl Relay {
     /// Remembers that an endpoint is to be left alone for so long.
     pub(super) fn keep_hold(&self, name: EndpointName, wait: Duration) {
-        if wait >= KEPT_MIN {
-            let wait_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
-            self.store.note_setting(&key(name), Some(clock::wall_ms().saturating_add(wait_ms).to_string()));
+        if let Some(target) = self.targets.get(&name).filter(|_| wait >= KEPT_MIN) {
+            let until_ms = clock::wall_ms().saturating_add(u64::try_from(wait.as_millis()).unwrap_or(u64::MAX));
+            self.store.note_setting(&key(name), Some(format!("{until_ms} {}", mark(&target.endpoint))));
         }
     }
 
@@ -38,6 +43,11 @@ impl Relay {
             self.store.note_setting(&key(name), None);
         }
     }
+}
+
+/// Which URL it was.
+fn mark(endpoint: &Endpoint) -> String {
+    format!("{:08x}", crc32c::crc32c(endpoint.url.uri().to_string().as_bytes()))
 }
 
 fn key(name: EndpointName) -> String {

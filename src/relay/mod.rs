@@ -36,8 +36,8 @@ use crate::domain::schedule::{LaneId, Schedule, Start};
 use crate::metrics::{EndpointMetrics, Metrics};
 use crate::store::{Compacted, Item, Note, Notice, Position, Snapshot, Store};
 
-/// Room for what large pushes hold beyond their first [`FREE_BYTES`], over all attempts, KiB: receivers that do not read
-/// cost no more.
+/// Room for what large pushes hold beyond their first [`FREE_BYTES`] until they are written, over all attempts, KiB. A
+/// single event, and a push that is tried again, need none.
 const BODIES_KIB: usize = 16 << 10;
 /// So many bytes of a push need no room.
 const FREE_BYTES: usize = 16 << 10;
@@ -150,7 +150,8 @@ impl Relay {
     }
 
     /// Takes endpoints over: what is new is there, what is gone gives up what waits for it. Connections of before are
-    /// used no more, having been made under the old rule; attempts that have not begun to send go to the new address.
+    /// used no more, having been made under the old rule; attempts that have not begun to send begin again, by what is
+    /// configured now.
     fn configure(&mut self, endpoints: &Endpoints, rule: &Arc<UrlRule>) {
         let now = clock::micros();
         let before = std::mem::take(&mut self.targets);
@@ -166,12 +167,9 @@ impl Relay {
             self.schedule.remove_endpoint(name);
             self.seen.forget(name);
         }
+        self.flights.values().for_each(|flight| flight.withdraw());
         for (name, old) in before {
-            let new = self.targets.get(&name);
-            let is_same_url = new.is_some_and(|new| new.endpoint.url == old.endpoint.url);
-            if !is_same_url || new.is_some_and(|new| new.rule != old.rule) {
-                self.flights.values().filter(|flight| flight.endpoint == name).for_each(|flight| flight.withdraw());
-            }
+            let is_same_url = self.targets.get(&name).is_some_and(|new| new.endpoint.url == old.endpoint.url);
             if !is_same_url {
                 self.schedule.forget_failures(name, now);
                 self.drop_hold(name);
@@ -321,7 +319,7 @@ impl Relay {
             return;
         };
         let events = self.places(&start.events);
-        let flight = Arc::new(Flight::new(start.endpoint));
+        let flight = Arc::new(Flight::new());
         self.flights.insert(start.lane, Arc::clone(&flight));
         let job = Job {
             lane: start.lane,

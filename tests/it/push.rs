@@ -50,10 +50,21 @@ fn retry_after_holds_over_a_restart() {
     let mut dir = relay.kill();
     dir = Relay::start_in(dir, &text).stop();
     receiver.answer_status(200);
-    let _relay = Relay::start_in(dir, &text);
+    let relay = Relay::start_in(dir, &text);
     receiver.wait_delivered(1);
     let waited = receiver.delivered()[0].at - first;
     assert!(waited >= Duration::from_millis(3_900), "{waited:?}");
+    // Who is at another address has asked for nothing.
+    receiver.answer(|_| Answer::With(429, "retry-after", "600"));
+    relay.queue(&event("a", "m2"));
+    receiver.wait_pushes(3);
+    relay.wait_metric("h5push_push_attempts_total", &[("endpoint", "12"), ("result", "error_status")], |count| {
+        count == 1.0
+    });
+    let other = Receiver::start();
+    let relay = Relay::start_in(relay.stop(), &config(other.address, ""));
+    relay.queue(&event("b", "m3"));
+    other.wait_pushes(1);
 }
 
 #[test]

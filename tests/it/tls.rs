@@ -4,7 +4,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 
@@ -258,6 +258,15 @@ fn a_push_that_is_still_connecting_when_its_address_changes_goes_to_the_new_one(
     assert_eq!(receiver.wait_delivered(2), ["m0", "m1"]);
     std::thread::sleep(Duration::from_millis(300));
     assert!(!heard("m1"));
+    // Nor is one waited for that says nothing.
+    let (silent, taken, _release) = held_back(old);
+    put(format!("https://localhost:{}/", silent.port()));
+    relay.queue(&event("c", "m2"));
+    wait_until("it connects", || taken.load(Ordering::SeqCst) == 1);
+    let begun = Instant::now();
+    put(format!("http://{}/", receiver.address));
+    receiver.wait_delivered(3);
+    assert!(begun.elapsed() < Duration::from_secs(4), "{:?}", begun.elapsed());
     server.kill().unwrap();
     server.wait().unwrap();
 }

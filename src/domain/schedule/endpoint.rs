@@ -111,6 +111,7 @@ pub(super) struct Endpoint {
     /// Lanes whose first events are to be given up. An entry may be stale.
     pub to_bury: VecDeque<LaneId>,
     pub events: u64,
+    /// But for those that are outdated.
     pub in_flight: u32,
     pub window: u32,
     pub successes: u64,
@@ -236,6 +237,7 @@ impl Endpoint {
         self.streak = Streak::default();
         self.window = WINDOW_FIRST;
         self.last_success = None;
+        self.in_flight = 0;
     }
 
     /// Notes a success. Says whether the endpoint was down and is up again.

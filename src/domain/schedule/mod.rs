@@ -151,10 +151,14 @@ impl Schedule {
         self.touch(id, now);
     }
 
-    /// Makes all lanes of an endpoint due: it is another receiver now, to which nothing that was seen of the old one
-    /// applies.
+    /// Makes all lanes of an endpoint due: it is another receiver now, to which nothing applies that was seen of the old
+    /// one, or that comes of the attempts in flight there.
     pub fn forget_failures(&mut self, name: EndpointName, now: u64) {
-        if let Some(endpoint) = self.by_name.get(&name).and_then(|id| self.endpoints.get_mut(*id as usize)) {
+        let Some(id) = self.by_name.get(&name).copied() else { return };
+        for (lane, flight) in &mut self.flights {
+            flight.is_outdated |= self.lanes.get(*lane).is_some_and(|lane| lane.endpoint == id);
+        }
+        if let Some(endpoint) = self.endpoint_mut(id) {
             endpoint.forget_failures();
         }
         self.retry_now(name, now);

@@ -69,6 +69,12 @@ impl Schedule {
     pub fn reported(&mut self, lane_id: LaneId, taken: u32, verdict: Verdict, moment: Moment) -> Outcome {
         let Some(flight) = self.flights.remove(&lane_id) else { return Outcome::default() };
         let Some(lane) = self.lanes.get(lane_id).copied() else { return Outcome::default() };
+        let verdict = match verdict {
+            Verdict::Delivered | Verdict::Damaged | Verdict::Unread => verdict,
+            // As if its connection had been closed: the one it is to go to now has not said a word.
+            _ if flight.is_outdated => Verdict::Again,
+            _ => verdict,
+        };
         let mut outcome = Outcome { lane: Some(lane.key), ..Outcome::default() };
         let held_until =
             |schedule: &Schedule| schedule.endpoints.get(lane.endpoint as usize).map_or(0, |it| it.held_until);
@@ -131,6 +137,9 @@ impl Schedule {
         verdict: Verdict,
         moment: Moment,
     ) -> Option<Breaker> {
+        if flight.is_outdated {
+            return None;
+        }
         let settings = self.settings.clone();
         let endpoint = self.endpoint_mut(lane.endpoint)?;
         endpoint.in_flight = endpoint.in_flight.saturating_sub(1);
@@ -161,7 +170,8 @@ impl Schedule {
                     endpoint.throttles = endpoint.throttles.saturating_add(1);
                 }
                 let delay = || is_first.then(|| settings.delays.delay(endpoint.throttles, moment.dice));
-                if let Some(wait) = wait.or_else(delay) {
+                // A wait of nothing is none: what it is to end is a wave.
+                if let Some(wait) = wait.filter(|wait| !wait.is_zero()).or_else(delay) {
                     endpoint.held_until = endpoint.held_until.max(hold(wait));
                 }
                 None

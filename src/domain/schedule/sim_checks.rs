@@ -37,7 +37,8 @@ impl Sim {
                 Mood::Well | Mood::Broken | Mood::Throttling => self.rng.u64(1_000..SECOND),
             };
             self.flights.push_back((self.now + takes, start));
-            let mine = self.flights.iter().filter(|(_, other)| other.endpoint == name(endpoint)).count();
+            let is_mine = |other: &Start| other.endpoint == name(endpoint) && !self.outdated.contains(&other.lane);
+            let mine = self.flights.iter().filter(|(_, other)| is_mine(other)).count();
             assert!(mine <= limits().concurrency as usize, "beyond the endpoint's concurrency");
             assert!(self.flights.len() <= settings().max_in_flight as usize);
             assert_eq!(self.schedule.in_flight(), self.flights.len());
@@ -92,6 +93,7 @@ impl Sim {
 
     pub(super) fn report(&mut self, at: usize) {
         let (_, start) = self.flights.remove(at).unwrap();
+        let is_outdated = self.outdated.remove(&start.lane);
         let lane = self.events[self.by_handle[&start.events[0]]].lane;
         let taken = if start.is_fixed { start.events.len() } else { self.rng.usize(1..=start.events.len()) };
         let carried: Vec<usize> = start.events[..taken].iter().map(|handle| self.by_handle[handle]).collect();
@@ -117,6 +119,12 @@ impl Sim {
         };
         let moment = Moment { now: self.now, second: self.now / SECOND, dice: self.rng.f64() };
         let outcome = self.schedule.reported(start.lane, taken as u32, verdict, moment);
+        assert!(
+            !is_outdated
+                || (outcome.breaker, outcome.held, outcome.deferred) == (None, None, None)
+                || verdict == Verdict::Delivered
+                || verdict == Verdict::Unread
+        );
         for handle in &outcome.delivered {
             let event = self.by_handle[handle];
             assert_eq!(self.events[event].fate, Fate::Waiting);
@@ -140,6 +148,18 @@ impl Sim {
             self.due.insert(lane, due);
             self.recorded.insert(lane, (self.by_handle[&deferred.head], deferred.retry, due));
             assert!(deferred.wait <= settings().delays.longest());
+        }
+    }
+
+    pub(super) fn check_counts(&self) {
+        let waiting = self.events.iter().filter(|event| event.fate == Fate::Waiting).count() as u64;
+        assert_eq!(self.schedule.events(), waiting);
+        for view in self.schedule.endpoints() {
+            let of_it =
+                |event: &&SimEvent| event.fate == Fate::Waiting && name(event.lane % self.endpoints) == view.name;
+            let oldest = self.events.iter().filter(of_it).map(|event| event.second).min();
+            assert_eq!(view.oldest, oldest);
+            assert_eq!(view.events, self.events.iter().filter(of_it).count() as u64);
         }
     }
 }

@@ -31,6 +31,8 @@ pub(super) struct Flight {
     /// How many of the lane's first events are to be given up afterwards.
     pub(super) bury: u32,
     pub(super) is_probe: bool,
+    /// Its endpoint is another receiver since: what comes of it says nothing of that one, and takes none of its room.
+    pub(super) is_outdated: bool,
     /// The events' sequence numbers, when the customer was toggled off or forgotten meanwhile: they are in no lane any
     /// more.
     pub(super) withdrawn: Option<Vec<u64>>,
@@ -190,7 +192,8 @@ impl Schedule {
         if let Some(lane) = self.lanes.get_mut(lane_id) {
             lane.state = State::Flying;
         }
-        let flight = Flight { offered: events.len() as u32, bury: 0, is_probe, withdrawn: None, mark };
+        let flight =
+            Flight { offered: events.len() as u32, bury: 0, is_probe, is_outdated: false, withdrawn: None, mark };
         self.flights.insert(lane_id, flight);
         Some(Start { lane: lane_id, endpoint: name, events, is_fixed: retry.fixed > 0, attempt: retry.tries + 1 })
     }

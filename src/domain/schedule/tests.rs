@@ -1,5 +1,7 @@
 //! Single rules of the schedule.
 
+mod receivers;
+
 use std::collections::VecDeque;
 use std::time::Duration;
 
@@ -100,45 +102,6 @@ fn retry_after_holds_the_whole_endpoint_and_counts_as_no_attempt() {
     assert_eq!(outcome.deferred.map(|deferred| deferred.retry.attempts), Some(0));
     assert!(schedule.next(30 * SECOND - 1).is_none());
     assert!(schedule.next(30 * SECOND).is_some());
-}
-
-#[test]
-fn a_wave_of_429_holds_the_endpoint_for_one_delay() {
-    let mut schedule = one_endpoint(settings(), Limits { rate_per_second: 1e6, burst: 1_000, concurrency: 6 });
-    for lane in 0..20 {
-        append(&mut schedule, lane, 0, 0, 0);
-    }
-    let mut now = 0;
-    // The delays are 1, 2 and 4 s here: each wave is one try of the endpoint.
-    for wave in 0..3 {
-        let starts: Vec<Start> = std::iter::from_fn(|| schedule.next(now)).collect();
-        assert_eq!(starts.len(), 2);
-        for start in &starts {
-            schedule.reported(start.lane, 1, Verdict::Throttled(None), at(now));
-        }
-        let until = now + (SECOND << wave);
-        assert!(schedule.next(until - 1).is_none(), "wave {wave}");
-        now = until;
-    }
-    assert!(schedule.next(now).is_some());
-}
-
-#[test]
-fn another_receiver_at_the_same_name_begins_anew() {
-    let mut schedule = one_endpoint(settings(), Limits { rate_per_second: 1e6, burst: 1_000, concurrency: 6 });
-    for lane in 0..20 {
-        append(&mut schedule, lane, 0, 0, 0);
-    }
-    let mut is_down = false;
-    while let Some(start) = schedule.next(0) {
-        is_down |= schedule.reported(start.lane, 1, FAILED, at(0)).breaker.is_some();
-    }
-    assert!(is_down);
-    schedule.hold(name(0), Duration::from_secs(3_000), 0);
-    assert!(schedule.next(SECOND).is_none());
-    schedule.forget_failures(name(0), SECOND);
-    assert_eq!(std::iter::from_fn(|| schedule.next(SECOND)).count(), 2);
-    assert!(schedule.endpoints().all(|view| view.is_up));
 }
 
 #[test]

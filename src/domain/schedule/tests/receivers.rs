@@ -1,0 +1,88 @@
+//! What is seen of a receiver, what it asks for, and when it is another one.
+
+use super::*;
+
+#[test]
+fn a_wave_of_429_holds_the_endpoint_for_one_delay() {
+    let mut schedule = one_endpoint(settings(), Limits { rate_per_second: 1e6, burst: 1_000, concurrency: 6 });
+    for lane in 0..20 {
+        append(&mut schedule, lane, 0, 0, 0);
+    }
+    let mut now = 0;
+    // The delays are 1, 2 and 4 s here: each wave is one try of the endpoint.
+    for wave in 0..3 {
+        let starts: Vec<Start> = std::iter::from_fn(|| schedule.next(now)).collect();
+        assert_eq!(starts.len(), 2);
+        for start in &starts {
+            schedule.reported(start.lane, 1, Verdict::Throttled(None), at(now));
+        }
+        let until = now + (SECOND << wave);
+        assert!(schedule.next(until - 1).is_none(), "wave {wave}");
+        now = until;
+    }
+    assert!(schedule.next(now).is_some());
+}
+
+#[test]
+fn another_receiver_at_the_same_name_begins_anew() {
+    let mut schedule = one_endpoint(settings(), Limits { rate_per_second: 1e6, burst: 1_000, concurrency: 6 });
+    for lane in 0..20 {
+        append(&mut schedule, lane, 0, 0, 0);
+    }
+    let mut is_down = false;
+    while let Some(start) = schedule.next(0) {
+        is_down |= schedule.reported(start.lane, 1, FAILED, at(0)).breaker.is_some();
+    }
+    assert!(is_down);
+    schedule.hold(name(0), Duration::from_secs(3_000), 0);
+    assert!(schedule.next(SECOND).is_none());
+    schedule.forget_failures(name(0), SECOND);
+    assert_eq!(std::iter::from_fn(|| schedule.next(SECOND)).count(), 2);
+    assert!(schedule.endpoints().all(|view| view.is_up));
+}
+
+#[test]
+fn what_comes_of_attempts_at_an_old_address_is_not_held_against_the_new_one() {
+    let limits = Limits { rate_per_second: 1e6, burst: 1_000, concurrency: 6 };
+    let late = [
+        FAILED,
+        Verdict::Gone,
+        Verdict::Refused,
+        Verdict::Throttled(Some(Duration::from_secs(3_600))),
+        Verdict::Failed { hold: Some(Duration::from_secs(3_600)), halves: true },
+    ];
+    let mut schedule = one_endpoint(settings(), limits);
+    for lane in 0..30 {
+        append(&mut schedule, lane, 0, 0, 0);
+    }
+    let mut old: Vec<Start> = std::iter::from_fn(|| schedule.next(0)).collect();
+    while old.len() < 6 {
+        let start = old.pop().unwrap();
+        schedule.reported(start.lane, 1, Verdict::Delivered, at(0));
+        old.extend(std::iter::from_fn(|| schedule.next(0)));
+    }
+    schedule.forget_failures(name(0), 0);
+    let new: Vec<Start> = std::iter::from_fn(|| schedule.next(0)).collect();
+    assert_eq!(new.len(), 2, "none of the old ones takes its room");
+    for (start, verdict) in old.iter().zip(late.iter().cycle()) {
+        let outcome = schedule.reported(start.lane, 1, *verdict, at(0));
+        assert_eq!((outcome.breaker, outcome.held, outcome.deferred), (None, None, None), "{verdict:?}");
+    }
+    assert!(schedule.next_bury().is_none());
+    for start in new {
+        schedule.reported(start.lane, 1, Verdict::Delivered, at(0));
+    }
+    // Those that failed are due at once.
+    let again: Vec<Start> = std::iter::from_fn(|| schedule.next(0)).collect();
+    assert_eq!(again.len(), 4);
+    assert!(again.iter().any(|start| start.is_fixed && start.attempt == 1));
+}
+
+#[test]
+fn a_wait_of_nothing_is_none() {
+    let mut schedule = one_endpoint(settings(), limits());
+    append(&mut schedule, 1, 0, 0, 0);
+    let start = schedule.next(0).unwrap();
+    let outcome = schedule.reported(start.lane, 1, Verdict::Throttled(Some(Duration::ZERO)), at(0));
+    assert!(outcome.held.is_some_and(|held| !held.is_zero()));
+}
