@@ -5,7 +5,7 @@ use std::hash::Hasher;
 use siphasher::sip128::{Hasher128, SipHasher13};
 
 use super::endpoint::Plugin;
-use super::keys::HashKey;
+use super::keys::{EventKey, HashKey};
 
 /// How much goes into one push.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,13 +66,15 @@ impl Composition {
     }
 }
 
-/// The `webhook-id` of a push: the same for the same events of the same store, and for no others.
+/// The `webhook-id` of a push: the same for the same events of the same store, and for no others. Sequence numbers alone
+/// would be used again by a store that was restored from a backup.
 #[must_use]
-pub fn webhook_id(key: &HashKey, seqs: &[u64]) -> String {
+pub fn webhook_id(key: &HashKey, events: &[(u64, EventKey)]) -> String {
     let mut hasher = SipHasher13::new_with_key(&key.0);
     hasher.write(b"push");
-    for seq in seqs {
+    for (seq, key) in events {
         hasher.write_u64(*seq);
+        hasher.write(&key.to_le_bytes());
     }
     format!("msg_{:032x}", hasher.finish128().as_u128())
 }
@@ -103,9 +105,11 @@ mod tests {
     #[test]
     fn ids_depend_on_the_store_and_on_every_event() {
         let key = HashKey([1; 16]);
-        assert_eq!(webhook_id(&key, &[1, 2]), webhook_id(&key, &[1, 2]));
-        assert_ne!(webhook_id(&key, &[1, 2]), webhook_id(&key, &[1]));
-        assert_ne!(webhook_id(&key, &[1, 2]), webhook_id(&HashKey([2; 16]), &[1, 2]));
-        assert!(!webhook_id(&key, &[1]).contains('.'));
+        let events = [(1, 7), (2, 8)];
+        assert_eq!(webhook_id(&key, &events), webhook_id(&key, &events));
+        assert_ne!(webhook_id(&key, &events), webhook_id(&key, &events[..1]));
+        assert_ne!(webhook_id(&key, &events), webhook_id(&HashKey([2; 16]), &events));
+        assert_ne!(webhook_id(&key, &events), webhook_id(&key, &[(1, 7), (2, 9)]), "the numbers of a backup");
+        assert!(!webhook_id(&key, &events).contains('.'));
     }
 }
