@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use bytes::Bytes;
-use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
 use super::deliverer::{Connection, Deliverer, Push, Seen, Target};
 use super::{FREE_BYTES, Settings};
@@ -15,11 +15,11 @@ use crate::domain::outcome::{AttemptResult, Report, Verdict};
 use crate::domain::push::{self, Composition, PushBounds};
 use crate::store::{Accepted, Reader, Stored};
 
-/// Whether an attempt has begun to send. A withdrawal that comes before stops it; one that comes after does not.
+/// Whether an attempt has begun to send. A withdrawal that comes before ends it; one that comes after does not.
 #[derive(Debug)]
 pub(super) struct Flight {
-    pub(super) endpoint: EndpointName,
     stage: AtomicU8,
+    withdrawn: Notify,
 }
 
 const PREPARING: u8 = 0;
@@ -27,13 +27,15 @@ const SENDING: u8 = 1;
 const WITHDRAWN: u8 = 2;
 
 impl Flight {
-    pub(super) fn new(endpoint: EndpointName) -> Flight {
-        Flight { endpoint, stage: AtomicU8::new(PREPARING) }
+    pub(super) fn new() -> Flight {
+        Flight { stage: AtomicU8::new(PREPARING), withdrawn: Notify::new() }
     }
 
     pub(super) fn withdraw(&self) {
         // Already sending: the report says what came of it.
-        self.stage.compare_exchange(PREPARING, WITHDRAWN, Ordering::SeqCst, Ordering::SeqCst).ok();
+        if self.stage.compare_exchange(PREPARING, WITHDRAWN, Ordering::SeqCst, Ordering::SeqCst).is_ok() {
+            self.withdrawn.notify_one();
+        }
     }
 
     fn may_send(&self) -> bool {
@@ -101,7 +103,7 @@ impl Job {
         // What was read is given back before the answer is waited for: thousands of attempts may wait.
         let mut room = None;
         let composed = match self.read(&mut room) {
-            Ok(stored) => self.compose(&stored, &mut done),
+            Ok(stored) => self.compose(&stored, room, &mut done),
             Err(verdict) => return Done { verdict, ..done },
         };
         let Some((push, event_ids)) = composed else {
@@ -111,7 +113,11 @@ impl Job {
         let begun = clock::now();
         let connection = if self.is_on_new { Connection::New } else { Connection::Any };
         let may_send = || self.flight.may_send();
-        let seen = deliverer.attempt(&self.target, push, connection, self.settings.timeout, may_send).await;
+        let seen = tokio::select! {
+            seen = deliverer.attempt(&self.target, push, connection, self.settings.timeout, may_send) => seen,
+            // Nothing was sent; whatever is waited for, it is of no use any more.
+            () = self.flight.withdrawn.notified() => None,
+        };
         done.seconds = begun.elapsed().as_secs_f64();
         if seen.is_none() {
             done.taken = 0;
@@ -137,7 +143,7 @@ impl Job {
     }
 
     /// Reads the events up to the first that does not read back, or for which there is no `room`.
-    fn read<'a>(&'a self, room: &mut Option<SemaphorePermit<'a>>) -> Result<Vec<Stored>, Verdict> {
+    fn read(&self, room: &mut Option<OwnedSemaphorePermit>) -> Result<Vec<Stored>, Verdict> {
         let mut all = Vec::with_capacity(self.events.len());
         let mut bytes = 0;
         for place in &self.events {
@@ -149,7 +155,7 @@ impl Job {
                     if bytes > FREE_BYTES && !self.is_fixed && !is_first {
                         let kib = ((bytes - FREE_BYTES) / 1_024) as u32 + 1;
                         let more = kib.saturating_sub(room.as_ref().map_or(0, |room| room.num_permits() as u32));
-                        match (self.bodies.try_acquire_many(more), &mut *room) {
+                        match (Arc::clone(&self.bodies).try_acquire_many_owned(more), &mut *room) {
                             (Ok(more), Some(room)) => room.merge(more),
                             (Ok(more), room) => *room = Some(more),
                             (Err(_), _) => break,
@@ -172,9 +178,14 @@ impl Job {
         Ok(all)
     }
 
-    /// Puts as many events as go together into one body; also their ids, where attempts are logged. `None`: not even the
-    /// first can be read.
-    fn compose(&self, stored: &[Stored], done: &mut Done) -> Option<(Push, String)> {
+    /// Puts as many events as go together into one body, which holds its room until it is written; also their ids, where
+    /// attempts are logged. `None`: not even the first can be read.
+    fn compose(
+        &self,
+        stored: &[Stored],
+        room: Option<OwnedSemaphorePermit>,
+        done: &mut Done,
+    ) -> Option<(Push, String)> {
         let is_own = |event: &Accepted<'_>| Some(event.lane) == self.key;
         let first = stored.first()?.event().filter(is_own)?;
         // What was sent before goes together again, whatever the bounds are now.
@@ -182,28 +193,44 @@ impl Job {
         let bounds = if self.is_fixed { unbounded } else { self.settings.bounds };
         let is_survey = self.endpoint == EndpointName::SURVEY;
         let mut composition = Composition::default();
-        let mut seqs = Vec::new();
+        let mut events = Vec::new();
         let mut event_ids = Vec::new();
         for stored in stored {
             let Some(event) = stored.event().filter(is_own) else { break };
             let is_same = event.plugin == first.plugin && event.web_token == first.web_token;
-            let is_alone = is_survey && !seqs.is_empty();
+            let is_alone = is_survey && !events.is_empty();
             if !is_same || is_alone || !composition.take(event.count, event.messages, bounds) {
                 break;
             }
-            seqs.push(stored.seq());
+            events.push((stored.seq(), event.key));
             if self.settings.logs_attempts {
                 event_ids.push(event.event_id());
             }
             done.accepted_ms.push(event.accepted_ms);
         }
-        done.taken = seqs.len() as u32;
+        done.taken = events.len() as u32;
         done.messages = composition.messages();
         // A survey is stored as the body that the IM server gets.
         let body =
             if is_survey { first.messages.to_owned() } else { composition.body(first.web_token, first.plugin).ok()? };
-        let id = push::webhook_id(&self.hashing, &seqs);
-        Some((Push { id, attempt: self.attempt, body: Bytes::from(body) }, event_ids.join(" ")))
+        let id = push::webhook_id(&self.hashing, &events);
+        let body = match room {
+            None => Bytes::from(body),
+            Some(room) => Bytes::from_owner(Roomy { body, _room: room }),
+        };
+        Some((Push { id, attempt: self.attempt, body }, event_ids.join(" ")))
+    }
+}
+
+/// A large body, and the room that it takes.
+struct Roomy {
+    body: String,
+    _room: OwnedSemaphorePermit,
+}
+
+impl AsRef<[u8]> for Roomy {
+    fn as_ref(&self) -> &[u8] {
+        self.body.as_bytes()
     }
 }
 
