@@ -1,7 +1,7 @@
 //! The kinds of values in a config file, each checked where it is read.
 
 use std::fmt;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
@@ -10,6 +10,7 @@ use hyper::Uri;
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 
+use crate::domain::address;
 use crate::domain::endpoint::EndpointName;
 
 /// A text that is never shown.
@@ -95,8 +96,7 @@ impl FromStr for PushUrl {
     }
 }
 
-/// Host and port as they are connected to: hyper takes a port that is none for the scheme's own, and a resolver an
-/// address with zeros in front for an octal one.
+/// Host and port as they are connected to: hyper takes a port that is none for the scheme's own.
 fn check_host(authority: &str) -> Result<(), String> {
     let (host, port) = match authority.rsplit_once(':') {
         Some((host, port)) if !port.contains(']') => (host, Some(port)),
@@ -119,7 +119,7 @@ fn check_host(authority: &str) -> Result<(), String> {
     // A last label of digits makes it an address (RFC 3696 §2).
     let is_address = labels().next_back().is_some_and(is_number);
     if is_address {
-        return host.parse::<Ipv4Addr>().map(drop).map_err(|_| "a push address has no such IPv4 address".to_owned());
+        return address::literal(host).map(drop).ok_or_else(|| "a push address has no such IPv4 address".to_owned());
     }
     let is_label = |label: &str| {
         (1..=63).contains(&label.len())
