@@ -19,7 +19,7 @@ const BODY_LIMIT: Duration = Duration::from_secs(10);
 const SMALL_BODY: usize = 64 << 10;
 
 /// Of a body that is too large so many bytes are read on, and for so long.
-const DISCARD_MAX: usize = 32 << 20;
+pub(super) const DISCARD_MAX: usize = 32 << 20;
 const DISCARD_LIMIT: Duration = Duration::from_secs(2);
 
 /// A body, and the part of the memory for bodies that it holds while it is looked at.
@@ -49,15 +49,15 @@ pub(super) async fn read_body(api: &Api, request: Request<Incoming>, bytes_max: 
         }
     };
     if read.as_ref().is_err_and(|error| error.code == Code::TooLarge) && !is_expecting {
-        discard(&mut body).await;
+        discard(&mut body, DISCARD_MAX).await;
     }
     read
 }
 
-/// Lets a request that is refused by its head finish, and hands its error on.
-pub(super) async fn refused(request: Request<Incoming>, error: ApiError) -> ApiError {
+/// Lets a request that is refused by its head finish, up to so many bytes, and hands its error on.
+pub(super) async fn refused<E>(request: Request<Incoming>, bytes_max: usize, error: E) -> E {
     if !request.headers().contains_key(header::EXPECT) {
-        discard(&mut request.into_body()).await;
+        discard(&mut request.into_body(), bytes_max).await;
     }
     error
 }
@@ -102,8 +102,8 @@ fn broken_off() -> ApiError {
 }
 
 /// Reads on for a while: who sends all before looking for an answer would find the connection broken instead.
-async fn discard(body: &mut Incoming) {
-    let mut left = DISCARD_MAX;
+async fn discard(body: &mut Incoming, bytes_max: usize) {
+    let mut left = bytes_max;
     let rest = async {
         while let Some(Ok(frame)) = body.frame().await {
             match left.checked_sub(frame.data_ref().map_or(0, Bytes::len)) {

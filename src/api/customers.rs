@@ -68,6 +68,10 @@ pub(super) async fn get_or_delete(api: &Api, method: &Method, query: &str) -> Re
     for (name, value) in form_urlencoded::parse(query.as_bytes()) {
         match name.as_ref() {
             // What is forgotten does not come back: a slip of the pen must not widen it.
+            "web_token" if web_token.is_some() && is_delete => return Err(invalid("web_token: must be given once")),
+            "im_web_plugin_id" if plugin.is_some() && is_delete => {
+                return Err(invalid("im_web_plugin_id: must be given once"));
+            }
             "im_web_plugin_id" if value.is_empty() && is_delete => return Err(invalid(BAD_PLUGIN)),
             "web_token" => web_token = Some(value.into_owned()),
             "im_web_plugin_id" if !value.is_empty() => {

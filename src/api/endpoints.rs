@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use hyper::StatusCode;
 use serde::Serialize;
+use tokio::sync::oneshot;
 
-use super::Api;
 use super::answer::{self, Answer, ApiError, Code, error};
+use super::{ANSWER_LIMIT, Api};
 use crate::config::{Config, Endpoint, Endpoints, Entry, Source};
 use crate::domain::endpoint::EndpointName;
 use crate::domain::schedule;
@@ -158,8 +159,11 @@ impl Api {
     /// Makes a config, and the endpoints that come of it, the ones of now. `changes` is held.
     ///
     /// # Errors
-    /// The relay does not answer: it may or may not go by the new ones.
+    /// The relay does not answer: nothing has changed, or it goes by the new ones a little later.
     pub(super) async fn apply(&self, config: Arc<Config>, reloaded: Option<Reloaded>) -> Result<(), ApiError> {
+        let Ok(Ok(room)) = tokio::time::timeout(ANSWER_LIMIT, self.relay.reserve()).await else {
+            return Err(answer::busy());
+        };
         let new = Arc::new(config.effective(&entries(&self.store.settings())));
         // First what goes, so that nothing is accepted for it any more; then the relay; then what is new, so that
         // nothing is accepted for it before the relay knows it.
@@ -175,10 +179,11 @@ impl Api {
         self.endpoints.store(Arc::new(both));
         let rule = Arc::new(config.url_rule.clone());
         let endpoints = Arc::clone(&new);
-        let configure = |reply| Command::Configure(Box::new(Configure { endpoints, rule, reloaded, reply }));
-        let configured = self.ask(configure).await;
+        let (reply, configured) = oneshot::channel();
+        room.send(Command::Configure(Box::new(Configure { endpoints, rule, reloaded, reply })));
+        let configured = tokio::time::timeout(ANSWER_LIMIT, configured).await;
         self.config.store(config);
         self.endpoints.store(new);
-        configured.ok_or_else(answer::busy)
+        if matches!(configured, Ok(Ok(()))) { Ok(()) } else { Err(answer::busy()) }
     }
 }

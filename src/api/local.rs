@@ -1,5 +1,6 @@
 //! The local listener: who may call, and what there is (contract §2, §3, §4).
 
+use std::borrow::Cow;
 use std::net::IpAddr;
 
 use hyper::body::{Body as _, Incoming};
@@ -8,7 +9,7 @@ use hyper::{Method, Request, Uri};
 use subtle::ConstantTimeEq as _;
 
 use super::answer::{Answer, ApiError, Code, error};
-use super::body::{Body, read_body, refused, turn};
+use super::body::{Body, DISCARD_MAX, read_body, refused, turn};
 use super::events::Form;
 use super::query::{Query, decoded};
 use super::udesk::{self, BodyForm};
@@ -127,8 +128,8 @@ pub(super) async fn answer(api: &Api, request: Request<Incoming>, is_tcp: bool) 
     let path = request.uri().path().to_owned();
     let route = Route::of(&path);
     let handled = match admit(api, route, &request, is_tcp) {
-        Ok((route, named)) => handle(api, route, named, request).await,
-        Err(error) => Err(refused(request, error).await),
+        Ok((route, named)) => handle(api, route, &named, request).await,
+        Err(error) => Err(refused(request, DISCARD_MAX, error).await),
     };
     let answer = handled.unwrap_or_else(ApiError::into_answer);
     let counted = route.map_or(OTHER, |(route, _)| route.path());
@@ -142,7 +143,7 @@ fn admit<'a>(
     route: Option<(Route, &'a str)>,
     request: &Request<Incoming>,
     is_tcp: bool,
-) -> Result<(Route, &'a str), ApiError> {
+) -> Result<(Route, Cow<'a, str>), ApiError> {
     let config = api.config.load();
     if is_tcp {
         check_browser(request.headers(), request.uri(), &config.local.allowed_hosts)?;
@@ -163,6 +164,10 @@ fn admit<'a>(
             _ => return Err(unsupported("application/json or application/x-ndjson")),
         }
     }
+    let named = decoded(named)?;
+    if route == Route::Endpoint {
+        endpoints::name(&named)?;
+    }
     Ok((route, named))
 }
 
@@ -170,7 +175,6 @@ async fn handle(api: &Api, route: Route, named: &str, request: Request<Incoming>
     // An Arc, not a guard: few guards are cheap, and this one would be held while the request waits for the disk.
     let config = api.config.load_full();
     let method = request.method().clone();
-    let named = &*decoded(named)?;
     let query = request.uri().query().unwrap_or("").to_owned();
     let bytes_max = config.local.max_body_bytes;
     match route {
@@ -200,7 +204,11 @@ async fn handle(api: &Api, route: Route, named: &str, request: Request<Incoming>
             let form = match content_type(request.headers())?.as_deref() {
                 Some("application/json") => Form::Json,
                 Some("application/x-ndjson") => Form::Ndjson,
-                _ => return Err(refused(request, unsupported("application/json or application/x-ndjson")).await),
+                _ => {
+                    return Err(
+                        refused(request, DISCARD_MAX, unsupported("application/json or application/x-ndjson")).await
+                    );
+                }
             };
             let body = read_body(api, request, bytes_max).await?;
             let _turn = turn(api, body.bytes.len()).await?;
@@ -226,7 +234,7 @@ async fn handle(api: &Api, route: Route, named: &str, request: Request<Incoming>
         Route::H5push | Route::Survey => {
             let form = match body_form(&request) {
                 Ok(form) => form,
-                Err(error) => return Err(refused(request, error).await),
+                Err(error) => return Err(refused(request, DISCARD_MAX, error).await),
             };
             let answered = async {
                 let body = read_body(api, request, bytes_max).await.map_err(udesk::unread)?;
@@ -256,7 +264,7 @@ async fn json_body(api: &Api, request: Request<Incoming>, bytes_max: usize) -> R
     match content_type(request.headers())?.as_deref() {
         Some("application/json") => read_body(api, request, bytes_max).await,
         None if request.body().is_end_stream() => Err(error(Code::InvalidRequest, "body: is required")),
-        _ => Err(refused(request, unsupported("application/json")).await),
+        _ => Err(refused(request, DISCARD_MAX, unsupported("application/json")).await),
     }
 }
 

@@ -69,7 +69,7 @@ impl Call {
 /// Answers one request.
 pub(super) async fn answer(api: &Api, request: Request<Incoming>) -> Answer {
     let Some(call) = Call::of(request.uri().path()) else {
-        let answer = error(Code::NotFound, "path: nothing is here").into_answer();
+        let answer = refused(request, error(Code::NotFound, "path: nothing is here")).await.into_answer();
         api.metrics.count_open_api("other", u32::from(answer.status().as_u16()));
         return answer;
     };
@@ -91,21 +91,21 @@ pub(super) async fn answer(api: &Api, request: Request<Incoming>) -> Answer {
 
 async fn handle(api: &Api, call: Call, request: Request<Incoming>) -> Result<Result<Answer, Failure>, ApiError> {
     if request.method() != Method::POST {
-        return Err(error(Code::MethodNotAllowed("POST"), "method: POST only"));
+        return Err(refused(request, error(Code::MethodNotAllowed("POST"), "method: POST only")).await);
     }
     let form = match local::body_form(&request) {
         Ok(form) => form,
-        Err(_) => return Ok(Err(udesk::wrong("参数错误:Content-Type"))),
+        Err(_) => return Ok(Err(refused(request, udesk::wrong("参数错误:Content-Type")).await)),
     };
     let query = request.uri().query().unwrap_or("").to_owned();
     // Not a guard: it would be held while others wait.
     let config = api.config.load_full();
     let verified = udesk::parameters(&query, udesk::BodyForm::None, &[])
         .and_then(|signed| verify(&config.open_api, &signed, clock::wall_ms() / 1_000));
-    // Nobody's body is waited for before it is known whose it is.
+    // Nobody's body is kept before it is known whose it is.
     let signed = match verified {
         Ok(signed) => signed,
-        Err(failure) => return Ok(Err(failure)),
+        Err(failure) => return Ok(Err(refused(request, failure).await)),
     };
     let answered = async {
         let body = body::read_body(api, request, BODY_MAX).await.map_err(udesk::unread)?;
@@ -117,6 +117,11 @@ async fn handle(api: &Api, call: Call, request: Request<Incoming>) -> Result<Res
         }
     };
     Ok(answered.await)
+}
+
+/// Lets a request that is refused by its head finish: a sender who is not done looks for no answer.
+async fn refused<E>(request: Request<Incoming>, error: E) -> E {
+    body::refused(request, BODY_MAX, error).await
 }
 
 /// Counts a rightly signed call, and uses its nonce up.

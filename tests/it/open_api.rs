@@ -1,10 +1,10 @@
 //! The open API: signed calls, its own TLS, surveys.
 
 use std::io::{Read as _, Write as _};
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpStream};
 use std::process::Command;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use serde_json::{Value, json};
 
@@ -103,6 +103,42 @@ fn only_rightly_signed_calls_are_answered_and_each_nonce_once() {
     let other = signed("small@example.com", "other", now_s(), "n-1");
     assert_eq!(open.call(TOGGLE, &format!("{WHO}&{other}"))["status"], "无效客户", "a plugin of somebody else");
     relay.wait_metric("h5push_open_api_requests_total", &[("path", TOGGLE), ("code", "2059")], |count| count == 1.0);
+}
+
+#[test]
+fn a_nonce_works_again_once_its_timestamp_is_stale() {
+    let receiver = Receiver::start();
+    let open = open_api(&receiver, "timestamp_tolerance = \"1s\"\n");
+    let _relay = Relay::start(&open.config);
+    let call = || open.code(TOGGLE, &format!("{WHO}&{}", signed("app@example.com", "s3cret", now_s(), "constant")));
+    assert_eq!(call(), 1_000);
+    assert_eq!(call(), 2_059);
+    // Whoever else calls, or nobody.
+    std::thread::sleep(Duration::from_millis(2_500));
+    assert_eq!(call(), 1_000);
+}
+
+#[test]
+fn who_is_refused_before_the_body_has_come_is_told_so_and_may_go_on() {
+    let receiver = Receiver::start();
+    let open = open_api(&receiver, "");
+    let _relay = Relay::start(&open.config);
+    let mut stream = TcpStream::connect(open.address).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    let wrong = signed("app@example.com", "wrong", now_s(), "n");
+    for query in [&*wrong, &*wrong] {
+        let head = format!("POST {TOGGLE}?{WHO}&{query} HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n");
+        write!(stream, "{head}content-length: 2\r\n\r\n").unwrap();
+        std::thread::sleep(Duration::from_millis(300));
+        stream.write_all(b"{}").unwrap();
+        let mut answer = Vec::new();
+        while !String::from_utf8_lossy(&answer).contains("2059") {
+            let mut some = [0; 1_024];
+            let read = stream.read(&mut some).unwrap();
+            assert!(read > 0, "closed after {}", String::from_utf8_lossy(&answer));
+            answer.extend_from_slice(&some[..read]);
+        }
+    }
 }
 
 #[test]
