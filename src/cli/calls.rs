@@ -110,7 +110,7 @@ pub(super) struct Filter {
     /// Only of this customer.
     #[arg(long)]
     pub(super) web_token: Option<String>,
-    /// Most of them.
+    /// Most of them, at most 1000.
     #[arg(long, default_value_t = 100)]
     pub(super) limit: u32,
 }
@@ -169,14 +169,14 @@ pub(super) enum Customers {
     /// Shows one.
     Show {
         web_token: String,
-        /// The im_web_plugin_id.
+        /// The im_web_plugin_id; without it, the customer of no plugin.
         #[arg(long, value_name = "ID")]
         plugin: Option<u64>,
     },
     /// Forgets one: state and names, and what waits or was given up.
     Forget {
         web_token: String,
-        /// Only at this im_web_plugin_id.
+        /// Only at this im_web_plugin_id; without it, at every plugin.
         #[arg(long, value_name = "ID")]
         plugin: Option<u64>,
     },

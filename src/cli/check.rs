@@ -3,6 +3,7 @@
 use std::io::{self, Write as _};
 
 use crate::config::Config;
+use crate::domain::endpoint::EndpointName;
 use crate::domain::retry::Delays;
 
 pub(super) fn print(config: &Config) -> anyhow::Result<()> {
@@ -11,9 +12,14 @@ pub(super) fn print(config: &Config) -> anyhow::Result<()> {
     writeln!(out, "local     {}", config.local.listen)?;
     writeln!(out, "metrics   {}", config.metrics_listen)?;
     writeln!(out)?;
-    if config.endpoints.is_empty() {
-        writeln!(out, "No endpoint: every event will be answered `suppressed`, `no_push_address`.")?;
-    } else {
+    if config.endpoints.keys().all(|name| *name == EndpointName::SURVEY) {
+        writeln!(
+            out,
+            "No push address in this file: unless calls have saved one, every event will be answered `suppressed`, \
+             `no_push_address`."
+        )?;
+    }
+    if !config.endpoints.is_empty() {
         writeln!(out, "{:<20} {:>8} {:>6} {:>12} {:>7}  url", "endpoint", "rate/s", "burst", "concurrency", "signed")?;
     }
     for endpoint in config.endpoints.values() {

@@ -36,7 +36,7 @@ struct Arguments {
     /// Where the data is, instead of the config's data_dir.
     #[arg(long, global = true, value_name = "DIR")]
     data_dir: Option<PathBuf>,
-    /// Prints JSON, for machines.
+    /// Prints JSON, for machines, where a subcommand has an answer of the relay or of a stopped store.
     #[arg(long, global = true)]
     json: bool,
     #[command(subcommand)]

@@ -11,10 +11,7 @@ use tokio::net::TcpListener;
 
 use super::http::{self, Received};
 use crate::clock;
-use crate::domain::signature::SigningKeys;
-
-/// Signatures older or younger than this are refused, as Standard Webhooks receivers do.
-const TOLERANCE_S: u64 = 300;
+use crate::domain::signature::{SigningKeys, TOLERANCE_S};
 
 pub(super) fn run(listen: SocketAddr, secret: Option<&str>, fail: Option<u16>) -> anyhow::Result<()> {
     let keys = Arc::new(secret.map(SigningKeys::parse).transpose()?);

@@ -5,10 +5,7 @@ use std::io::{self, Read as _, Write as _};
 use anyhow::bail;
 
 use crate::clock;
-use crate::domain::signature::SigningKeys;
-
-/// Receivers refuse pushes whose timestamp is further away from now, as Standard Webhooks says.
-const TOLERANCE_S: u64 = 300;
+use crate::domain::signature::{SigningKeys, TOLERANCE_S};
 
 /// What a receiver got.
 #[derive(Debug, clap::Args)]

@@ -17,7 +17,7 @@ fn check_config_prints_what_comes_of_it_and_says_where_it_is_wrong() {
     let example = concat!(env!("CARGO_MANIFEST_DIR"), "/config.example.toml");
     let (code, out, _) = run(&["check-config", "--config", example]);
     assert_eq!(code, Some(0));
-    assert!(out.contains("1s, 2s, 4s, 8s") && out.contains("No endpoint"), "{out}");
+    assert!(out.contains("1s, 2s, 4s, 8s") && out.contains("No push address"), "{out}");
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("relay.toml");
     let path = path.to_str().unwrap();
