@@ -74,8 +74,8 @@ impl App {
     /// Nothing runs.
     pub async fn start(config: Config) -> Result<App, StartError> {
         let metrics = Metrics::new(config.metrics_max_endpoints)?;
-        let settings = schedule_settings(&config);
-        let deliverer = Deliverer::new(&config.extra_ca, settings.max_in_flight)?;
+        let rules = schedule_rules(&config);
+        let deliverer = Deliverer::new(&config.extra_ca, rules.max_in_flight)?;
         for warning in &config.warnings {
             tracing::warn!("{warning}");
         }
@@ -92,9 +92,9 @@ impl App {
         let open_api_address = open_api.as_ref().and_then(Bound::address);
         check_exposure(&config, local_address, open_api_address).map_err(StartError::Exposed)?;
         let config = Arc::new(config);
-        let mut schedule = Schedule::new(settings);
+        let mut schedule = Schedule::new(rules);
         let (tell, notices) = mpsc::channel(NOTICES_MAX);
-        let settings = store_settings(&config);
+        let options = store_options(&config);
         let store_metrics = metrics.store.clone();
         let file = Arc::clone(&config);
         let opened = tokio::task::spawn_blocking(move || {
@@ -112,7 +112,7 @@ impl App {
                     schedule.hold(name, wait, clock::micros());
                 }
             };
-            let opened = Store::open(settings, store_metrics, &mut schedule, prepare, tell);
+            let opened = Store::open(options, store_metrics, &mut schedule, prepare, tell);
             (opened, schedule, begun.elapsed())
         });
         let (opened, schedule, took) = match opened.await {
@@ -127,8 +127,7 @@ impl App {
         }
         let rule = Arc::new(config.url_rule.clone());
         let configured = (&endpoints, &rule);
-        let relay =
-            Relay::new(schedule, store.clone(), deliverer, configured, relay_settings(&config), metrics.clone());
+        let relay = Relay::new(schedule, store.clone(), deliverer, configured, relay_rules(&config), metrics.clone());
         let (commands, asked) = mpsc::channel(relay::COMMANDS_MAX);
         let relay = tokio::spawn(relay.run(notices, asked));
         let api = Arc::new(new_api(&config, endpoints, store.clone(), metrics, commands.clone()));
@@ -195,14 +194,14 @@ impl App {
     async fn take_over(&self, config: Config) -> Result<Vec<&'static str>, String> {
         // The listeners stay where they are, whatever the new file says of addresses.
         check_exposure(&config, self.local_address, self.open_api_address)?;
-        let schedule = schedule_settings(&config);
+        let schedule = schedule_rules(&config);
         let deliverer = Deliverer::new(&config.extra_ca, schedule.max_in_flight).map_err(|error| error.to_string())?;
         for warning in &config.warnings {
             tracing::warn!("{warning}");
         }
         let changed = config.needs_restart(&self.started);
         let config = Arc::new(config);
-        let reloaded = (deliverer, relay_settings(&config), schedule);
+        let reloaded = (deliverer, relay_rules(&config), schedule);
         let configured = self.api.reconfigure(Arc::clone(&config), reloaded).await;
         configured.map_err(|error| format!("{error}: endpoints and what pushes go by may be the new ones"))?;
         self.store.set_rules(rules(&config));
@@ -292,12 +291,12 @@ pub struct Stopped {
 /// # Errors
 /// The directory cannot be used, or a relay uses it.
 pub fn open_stopped(config: &Config) -> Result<Stopped, StartError> {
-    let mut schedule = Schedule::new(schedule_settings(config));
+    let mut schedule = Schedule::new(schedule_rules(config));
     let metrics = Metrics::new(config.metrics_max_endpoints)?;
     let (tell, notices) = mpsc::channel(NOTICES_MAX);
     let prepare = |_: &_, _: &mut Schedule| ();
-    let settings = store::Settings { is_relaying: false, ..store_settings(config) };
-    let (store, threads) = Store::open(settings, metrics.store, &mut schedule, prepare, tell)?;
+    let options = store::Options { is_relaying: false, ..store_options(config) };
+    let (store, threads) = Store::open(options, metrics.store, &mut schedule, prepare, tell)?;
     Ok(Stopped { store, schedule, threads, notices })
 }
 
@@ -335,16 +334,16 @@ fn new_api(
     }
 }
 
-fn relay_settings(config: &Config) -> relay::Settings {
-    relay::Settings {
+fn relay_rules(config: &Config) -> relay::Rules {
+    relay::Rules {
         timeout: config.timeout,
         bounds: PushBounds { messages_max: config.max_messages, bytes_max: config.max_bytes },
         logs_attempts: config.log_attempts,
     }
 }
 
-fn schedule_settings(config: &Config) -> schedule::Settings {
-    schedule::Settings {
+fn schedule_rules(config: &Config) -> schedule::Rules {
+    schedule::Rules {
         delays: Delays::new(&config.backoff),
         max_age_s: config.max_age.as_secs(),
         max_attempts: config.max_attempts,
@@ -361,8 +360,8 @@ fn callers(config: &Config) -> u32 {
     config.local.max_connections.saturating_add(open_api)
 }
 
-fn store_settings(config: &Config) -> store::Settings {
-    store::Settings {
+fn store_options(config: &Config) -> store::Options {
+    store::Options {
         is_relaying: true,
         dir: config.data_dir.clone(),
         segment_bytes: store::SEGMENT_BYTES,

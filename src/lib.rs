@@ -9,8 +9,8 @@
 //!                         relay: domain::schedule picks a lane that is due, an endpoint that has room
 //!                             │ Start (events of one lane)
 //!                         attempt: read, compose, deliverer ─> Report (what was seen)
-//!                         domain::outcome ─> Verdict  (what it means: the one table of statuses)
-//!                         domain::schedule ─> Outcome (what follows: settled | deferred | to be buried)
+//!                         domain::verdict ─> Verdict  (what it means: the one table of statuses)
+//!                         domain::schedule ─> Outcome (what is to be recorded: delivered | deferred), Burial (given up)
 //!                             │ Note
 //!                         store::note (written behind the journal, before the lane's next push)
 //!
@@ -24,8 +24,8 @@
 //! ten days); no packet goes to a forbidden address (`relay::dialer`); what is gone is not replayed
 //! (`store::dead_letters`).
 //!
-//! Section numbers (§) are those of the service's contract: what other programs see, which the README explains to each of
-//! them.
+//! Section numbers (§) are those of the service's contract, `docs/contract.md`: what other programs see, which the README
+//! explains to each of them.
 //!
 //! | module | owns | may use |
 //! | --- | --- | --- |

@@ -1,4 +1,4 @@
-//! Reads requests' bodies, bounded in size, time and memory.
+//! Reads requests' bodies, bounded in size, time and memory, and says of which type they are.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -6,6 +6,7 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use http_body_util::BodyExt as _;
 use hyper::body::{Body as _, Incoming};
+use hyper::header::HeaderMap;
 use hyper::{Request, header};
 use tokio::sync::{OwnedSemaphorePermit, SemaphorePermit};
 
@@ -125,5 +126,48 @@ pub(super) async fn turn(api: &Api, bytes: usize) -> Result<Option<SemaphorePerm
     match tokio::time::timeout(BODY_LIMIT, api.posting.acquire_many(share)).await {
         Ok(Ok(turn)) => Ok(Some(turn)),
         Ok(Err(_)) | Err(_) => Err(super::answer::busy()),
+    }
+}
+
+/// The media type, in lower case; `None` without one. Only UTF-8 is understood.
+pub(super) fn content_type(headers: &HeaderMap) -> Result<Option<String>, ApiError> {
+    let Some(value) = headers.get(header::CONTENT_TYPE) else { return Ok(None) };
+    let value = value.to_str().map_err(|_| unsupported("a readable content type"))?;
+    let mut parts = value.split(';').map(str::trim);
+    let media_type = parts.next().unwrap_or("").to_ascii_lowercase();
+    for parameter in parts {
+        let (name, value) = parameter.split_once('=').unwrap_or((parameter, ""));
+        let charset = value.trim().trim_matches('"');
+        if name.trim().eq_ignore_ascii_case("charset") && !charset.eq_ignore_ascii_case("utf-8") {
+            return Err(error(Code::UnsupportedMediaType, "content-type: charset must be utf-8"));
+        }
+    }
+    Ok(Some(media_type))
+}
+
+pub(super) fn unsupported(expected: &str) -> ApiError {
+    error(Code::UnsupportedMediaType, format!("content-type: must be {expected}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use hyper::header::HeaderValue;
+
+    #[test]
+    fn content_types_are_read_with_their_charset() {
+        let table = [
+            ("application/json", Ok(Some("application/json"))),
+            ("Application/JSON; charset=\"UTF-8\"", Ok(Some("application/json"))),
+            ("application/json;charset=utf-8", Ok(Some("application/json"))),
+            ("application/json; charset=gbk", Err(())),
+            ("text/plain", Ok(Some("text/plain"))),
+        ];
+        for (value, expected) in table {
+            let mut headers = HeaderMap::new();
+            headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(value));
+            let found = content_type(&headers).map_err(|_| ());
+            assert_eq!(found.as_ref().map(|found| found.as_deref()), expected.as_ref().copied(), "{value}");
+        }
     }
 }

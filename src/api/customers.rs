@@ -10,7 +10,7 @@ use crate::domain::customer::{Customer, Hearing, TOKEN_BYTES_MAX, Toggle};
 use crate::domain::endpoint::Plugin;
 use crate::json;
 
-const BAD_PLUGIN: &str = "im_web_plugin_id: must be an integer from 0 to 2^63-1";
+pub(super) const BAD_PLUGIN: &str = "im_web_plugin_id: must be an integer from 0 to 2^63-1";
 
 #[derive(Deserialize)]
 struct Put {

@@ -15,7 +15,7 @@ use crate::domain::schedule;
 use crate::relay::{self, Command, Configure, Deliverer};
 
 /// What a reload brings beside the config: certificates read anew, and rules of the relay and its schedule.
-pub type Reloaded = (Deliverer, relay::Settings, schedule::Settings);
+pub type Reloaded = (Deliverer, relay::Rules, schedule::Rules);
 
 /// Settings of the store that are endpoints begin with this.
 const PREFIX: &str = "endpoint/";

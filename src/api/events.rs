@@ -9,6 +9,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::value::RawValue;
 
 use super::answer::{self, Answer, ApiError, Code, ErrorBody, error};
+use super::customers::BAD_PLUGIN;
 use super::{Api, query};
 use crate::clock;
 use crate::domain::endpoint::Plugin;
@@ -51,7 +52,7 @@ struct Named<'a> {
 /// One item of a request: an event, or why it is none.
 type Item<'a> = Result<Named<'a>, ApiError>;
 
-enum Verdict {
+enum Judgement {
     Posted(Posted),
     Invalid(ApiError),
 }
@@ -76,11 +77,11 @@ pub(super) async fn post(api: &Api, form: Form, body: &[u8]) -> Result<Answer, A
         items.iter().filter_map(|item| item.as_ref().ok()).map(|named| prepare(api, named, now_ms)).collect();
     let posted = if posts.is_empty() { Vec::new() } else { store(api, posts, is_one, now_ms).await? };
     let mut posted = posted.into_iter();
-    let verdicts: Vec<Verdict> = items
+    let verdicts: Vec<Judgement> = items
         .iter()
         .map(|item| match item {
-            Ok(_) => Verdict::Posted(posted.next().unwrap_or(Posted::Suppressed(Suppressed::NoPushAddress))),
-            Err(error) => Verdict::Invalid(error.clone()),
+            Ok(_) => Judgement::Posted(posted.next().unwrap_or(Posted::Suppressed(Suppressed::NoPushAddress))),
+            Err(error) => Judgement::Invalid(error.clone()),
         })
         .collect();
     for verdict in &verdicts {
@@ -92,7 +93,7 @@ pub(super) async fn post(api: &Api, form: Form, body: &[u8]) -> Result<Answer, A
         let (Some(verdict), Some(id)) = (verdicts.first(), ids.into_iter().next()) else {
             return Err(error(Code::InvalidRequest, "events: must not be empty"));
         };
-        if let Verdict::Posted(Posted::EndpointFull) = verdict {
+        if let Judgement::Posted(Posted::EndpointFull) = verdict {
             return Err(full());
         }
         return Ok(answer::json(StatusCode::ACCEPTED, &outcome(id, verdict, &full())));
@@ -118,8 +119,7 @@ pub(super) async fn show(api: &Api, event_id: &str, query: &str) -> Result<Answe
     let plugin = form_urlencoded::parse(query.as_bytes()).find(|(name, _)| name == "im_web_plugin_id");
     let plugin =
         plugin.filter(|(_, value)| !value.is_empty()).map_or(Some(Plugin::NONE), |(_, value)| Plugin::parse(&value));
-    let plugin =
-        plugin.ok_or_else(|| error(Code::InvalidRequest, "im_web_plugin_id: must be an integer from 0 to 2^63-1"))?;
+    let plugin = plugin.ok_or_else(|| error(Code::InvalidRequest, BAD_PLUGIN))?;
     let given = api.store.hashing().given_event(plugin, event_id);
     let derived = keys::key_of_derived(event_id);
     let store = api.store.clone();
@@ -247,16 +247,16 @@ fn prepare<'a>(api: &Api, named: &'a Named<'a>, now_ms: u64) -> Post<'a> {
     Post { event, key: *key, endpoint, lane, record }
 }
 
-fn outcome<'a>(id: Option<&'a str>, verdict: &'a Verdict, full: &'a ApiError) -> Outcome<'a> {
+fn outcome<'a>(id: Option<&'a str>, verdict: &'a Judgement, full: &'a ApiError) -> Outcome<'a> {
     let plain = Outcome { event_id: id, outcome: "queued", reason: None, error: None };
     match verdict {
-        Verdict::Posted(Posted::Queued) => plain,
-        Verdict::Posted(Posted::Duplicate) => Outcome { outcome: "duplicate", ..plain },
-        Verdict::Posted(Posted::Suppressed(reason)) => {
+        Judgement::Posted(Posted::Queued) => plain,
+        Judgement::Posted(Posted::Duplicate) => Outcome { outcome: "duplicate", ..plain },
+        Judgement::Posted(Posted::Suppressed(reason)) => {
             Outcome { outcome: "suppressed", reason: Some(reason.as_str()), ..plain }
         }
-        Verdict::Posted(Posted::EndpointFull) => Outcome { outcome: "refused", error: Some(full.body()), ..plain },
-        Verdict::Invalid(error) => Outcome { outcome: "rejected", error: Some(error.body()), ..plain },
+        Judgement::Posted(Posted::EndpointFull) => Outcome { outcome: "refused", error: Some(full.body()), ..plain },
+        Judgement::Invalid(error) => Outcome { outcome: "rejected", error: Some(error.body()), ..plain },
     }
 }
 
@@ -264,13 +264,13 @@ fn full() -> ApiError {
     error(Code::EndpointFull, "too many events wait for the endpoint")
 }
 
-fn count_one(api: &Api, verdict: &Verdict) {
+fn count_one(api: &Api, verdict: &Judgement) {
     let outcome = match verdict {
-        Verdict::Posted(Posted::Queued) => EventOutcome::Queued,
-        Verdict::Posted(Posted::Duplicate) => EventOutcome::Duplicate,
-        Verdict::Posted(Posted::Suppressed(reason)) => EventOutcome::Suppressed(*reason),
-        Verdict::Posted(Posted::EndpointFull) => EventOutcome::Refused(Code::EndpointFull.as_str()),
-        Verdict::Invalid(error) => EventOutcome::Rejected(error.code.as_str()),
+        Judgement::Posted(Posted::Queued) => EventOutcome::Queued,
+        Judgement::Posted(Posted::Duplicate) => EventOutcome::Duplicate,
+        Judgement::Posted(Posted::Suppressed(reason)) => EventOutcome::Suppressed(*reason),
+        Judgement::Posted(Posted::EndpointFull) => EventOutcome::Refused(Code::EndpointFull.as_str()),
+        Judgement::Invalid(error) => EventOutcome::Rejected(error.code.as_str()),
     };
     api.metrics.count_events(outcome, 1);
 }

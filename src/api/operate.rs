@@ -310,7 +310,7 @@ async fn set_paused(api: &Api, name: EndpointName, is_paused: bool) -> Result<An
 
 async fn test(api: &Api, name: EndpointName) -> Result<Answer, ApiError> {
     #[derive(Serialize)]
-    struct Outcome {
+    struct Tried {
         result: &'static str,
         status: Option<u16>,
         duration_ms: f64,
@@ -336,7 +336,7 @@ async fn test(api: &Api, name: EndpointName) -> Result<Answer, ApiError> {
             }
             Tested::Made { result, status, took, detail } => {
                 let duration_ms = (took.as_secs_f64() * 1e6).round() / 1e3;
-                return Ok(answer::json(StatusCode::OK, &Outcome { result, status, duration_ms, error: detail }));
+                return Ok(answer::json(StatusCode::OK, &Tried { result, status, duration_ms, error: detail }));
             }
         }
     }

@@ -20,7 +20,7 @@ use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 
 use super::answer::Answer;
-use super::places::{Place, Places};
+use super::seats::{Seat, Seats};
 use super::{Shared, local, metrics, open_api};
 use crate::config::{Listen, Local};
 
@@ -167,7 +167,7 @@ fn bind_unix(path: &Path, local: &Local) -> io::Result<Bound> {
 
 /// Serves `[local]` until told to stop, then ends what is open.
 pub async fn serve_local(bound: Bound, api: Shared, shutdown: Shutdown) {
-    let places = Places::new(api.config.load().local.max_connections as usize);
+    let seats = Seats::new(api.config.load().local.max_connections as usize);
     let is_tcp = matches!(bound, Bound::Tcp(_));
     let handler = move |request: Request<Incoming>| {
         let api = Arc::clone(&api);
@@ -181,19 +181,19 @@ pub async fn serve_local(bound: Bound, api: Shared, shutdown: Shutdown) {
             }
         }
     };
-    serve(bound, places, || None, handler, shutdown).await;
+    serve(bound, seats, || None, handler, shutdown).await;
 }
 
 /// Serves `[open_api]` until told to stop; with the certificate of now, if there is one.
 pub async fn serve_open_api(bound: Bound, api: Shared, shutdown: Shutdown) {
-    let places = Places::new(api.config.load().open_api.max_connections as usize);
+    let seats = Seats::new(api.config.load().open_api.max_connections as usize);
     let config = Arc::clone(&api);
     let tls = move || config.config.load().open_api.tls.as_ref().map(|tls| TlsAcceptor::from(Arc::clone(&tls.0)));
     let handler = move |request: Request<Incoming>| {
         let api = Arc::clone(&api);
         carried_out(async move { open_api::answer(&api, request).await })
     };
-    serve(bound, places, tls, handler, shutdown).await;
+    serve(bound, seats, tls, handler, shutdown).await;
 }
 
 async fn carried_out(answer: impl Future<Output = Answer> + Send + 'static) -> Answer {
@@ -203,15 +203,15 @@ async fn carried_out(answer: impl Future<Output = Answer> + Send + 'static) -> A
 
 /// Serves `[metrics]` until told to stop.
 pub async fn serve_metrics(bound: Bound, api: Shared, shutdown: Shutdown) {
-    let places = Places::new(METRICS_CONNECTIONS_MAX);
+    let seats = Seats::new(METRICS_CONNECTIONS_MAX);
     let handler = move |request: Request<Incoming>| {
         let api = Arc::clone(&api);
         async move { metrics::answer(&api, request.method(), request.uri().path()).await }
     };
-    serve(bound, places, || None, handler, shutdown).await;
+    serve(bound, seats, || None, handler, shutdown).await;
 }
 
-async fn serve<T, H, F>(bound: Bound, places: Arc<Places>, tls: T, handler: H, mut shutdown: Shutdown)
+async fn serve<T, H, F>(bound: Bound, seats: Arc<Seats>, tls: T, handler: H, mut shutdown: Shutdown)
 where
     T: Fn() -> Option<TlsAcceptor>,
     H: Fn(Request<Incoming>) -> F + Clone + Send + Sync + 'static,
@@ -231,11 +231,11 @@ where
             () = ending(&mut shutdown) => break,
         };
         // Who was accepted is served, also when all is to end.
-        let place = tokio::select! {
+        let seat = tokio::select! {
             biased;
-            place = places.take() => place,
-            () = ending(&mut shutdown) => match timeout(LAST_ANSWER_LIMIT, places.take()).await {
-                Ok(place) => place,
+            seat = seats.take() => seat,
+            () = ending(&mut shutdown) => match timeout(LAST_ANSWER_LIMIT, seats.take()).await {
+                Ok(seat) => seat,
                 Err(_) => break,
             },
         };
@@ -243,20 +243,20 @@ where
         open.spawn(async move {
             match stream {
                 Stream::Tcp(stream) => match tls {
-                    None => connection(TokioIo::new(stream), handler, shutdown, place).await,
+                    None => connection(TokioIo::new(stream), handler, shutdown, seat).await,
                     Some(tls) => {
                         let handshake = tokio::select! {
                             handshake = timeout(TLS_LIMIT, tls.accept(stream)) => handshake,
-                            () = place.wanted() => return,
+                            () = seat.wanted() => return,
                             () = ending(&mut shutdown) => return,
                         };
                         // A peer that is no TLS client is its own affair.
                         if let Ok(Ok(stream)) = handshake {
-                            connection(TokioIo::new(stream), handler, shutdown, place).await;
+                            connection(TokioIo::new(stream), handler, shutdown, seat).await;
                         }
                     }
                 },
-                Stream::Unix(stream) => connection(TokioIo::new(stream), handler, shutdown, place).await,
+                Stream::Unix(stream) => connection(TokioIo::new(stream), handler, shutdown, seat).await,
             }
         });
         while open.try_join_next().is_some() {}
@@ -291,19 +291,19 @@ async fn accept(bound: &Bound) -> io::Result<Stream> {
     }
 }
 
-async fn connection<I, H, F>(io: I, handler: H, mut shutdown: Shutdown, place: Place)
+async fn connection<I, H, F>(io: I, handler: H, mut shutdown: Shutdown, seat: Seat)
 where
     I: Read + Write + Unpin,
     H: Fn(Request<Incoming>) -> F,
     F: Future<Output = Answer>,
 {
-    let place = &place;
+    let seat = &seat;
     let service = service_fn(|request| {
-        place.begin();
+        seat.begin();
         let answer = handler(request);
         async move {
             let answer = answer.await;
-            place.end();
+            seat.end();
             Ok::<_, Infallible>(answer)
         }
     });
@@ -316,7 +316,7 @@ where
     let is_ending = tokio::select! {
         // A peer that breaks off or speaks no HTTP is its own affair.
         ended = connection.as_mut() => return drop(ended),
-        () = place.wanted() => false,
+        () = seat.wanted() => false,
         () = ending(&mut shutdown) => true,
     };
     // A request may be on its way, or be there and not read yet: it is answered, as the last one.
@@ -324,12 +324,12 @@ where
         // First what has come, when both are there.
         biased;
         ended = connection.as_mut() => return drop(ended),
-        is_busy = place.last_request() => if !is_busy { return },
+        is_busy = seat.last_request() => if !is_busy { return },
     }
     connection.as_mut().graceful_shutdown();
     if is_ending {
         return drop(connection.await);
     }
-    // Somebody who does not read the answer keeps no place.
+    // Somebody who does not read the answer keeps no seat.
     drop(timeout(LAST_ANSWER_LIMIT, connection).await);
 }

@@ -40,6 +40,7 @@ impl Delays {
             multiplier: backoff.multiplier,
             max_interval: backoff.max,
             max_elapsed_time: None,
+            // A clock is read and dice are rolled here too; without a time limit and with a factor of 0 neither matters.
             clock: SystemClock::default(),
             ..ExponentialBackoff::default()
         };

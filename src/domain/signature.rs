@@ -4,6 +4,9 @@ use aws_lc_rs::hmac;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 
+/// Receivers refuse pushes whose timestamp is further away from now than so many seconds, as Standard Webhooks says.
+pub const TOLERANCE_S: u64 = 300;
+
 /// Keys that a push is signed with: the first is the newest, the others are on their way out.
 #[derive(Clone)]
 pub struct SigningKeys(Vec<hmac::Key>);

@@ -11,7 +11,7 @@ use prometheus::core::{Collector, Desc};
 use prometheus::proto::{Counter, Gauge, LabelPair, Metric, MetricFamily, MetricType};
 
 use crate::domain::endpoint::EndpointName;
-use crate::domain::outcome::{AttemptResult, DeathReason};
+use crate::domain::verdict::{AttemptResult, DeathReason};
 
 /// Endpoints beyond `metrics.max_endpoints` are shown together under this label.
 const OTHER: &str = "other";

@@ -224,7 +224,9 @@ impl Metrics {
             for code in OPEN_API_CODES {
                 self.open_api_requests.with_label_values(&[path, code]);
             }
+            self.open_api_requests.with_label_values(&[path, "405"]);
         }
+        self.open_api_requests.with_label_values(&["other", "404"]);
         self.reload_successful.set(1);
     }
 

@@ -7,18 +7,18 @@ use bytes::Bytes;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
 use super::deliverer::{Connection, Deliverer, Push, Seen, Target};
-use super::{FREE_BYTES, Settings};
+use super::{FREE_BYTES, Rules};
 use crate::clock;
 use crate::domain::endpoint::EndpointName;
 use crate::domain::keys::{HashKey, LaneKey};
-use crate::domain::outcome::{AttemptResult, Report, Verdict};
 use crate::domain::push::{self, Composition, PushBounds};
+use crate::domain::verdict::{AttemptResult, Report, Verdict};
 use crate::store::{Accepted, Reader, Stored};
 
 /// Whether an attempt has begun to send. A withdrawal that comes before ends it; one that comes after does not.
 #[derive(Debug)]
-pub(super) struct Flight {
-    stage: AtomicU8,
+pub(super) struct Stage {
+    at: AtomicU8,
     withdrawn: Notify,
 }
 
@@ -26,26 +26,26 @@ const PREPARING: u8 = 0;
 const SENDING: u8 = 1;
 const WITHDRAWN: u8 = 2;
 
-impl Flight {
-    pub(super) fn new() -> Flight {
-        Flight { stage: AtomicU8::new(PREPARING), withdrawn: Notify::new() }
+impl Stage {
+    pub(super) fn new() -> Stage {
+        Stage { at: AtomicU8::new(PREPARING), withdrawn: Notify::new() }
     }
 
     pub(super) fn withdraw(&self) {
         // Already sending: the report says what came of it.
-        if self.stage.compare_exchange(PREPARING, WITHDRAWN, Ordering::SeqCst, Ordering::SeqCst).is_ok() {
+        if self.at.compare_exchange(PREPARING, WITHDRAWN, Ordering::SeqCst, Ordering::SeqCst).is_ok() {
             self.withdrawn.notify_one();
         }
     }
 
     fn may_send(&self) -> bool {
-        self.stage.compare_exchange(PREPARING, SENDING, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+        self.at.compare_exchange(PREPARING, SENDING, Ordering::SeqCst, Ordering::SeqCst).is_ok()
     }
 }
 
 /// Where an event's record is.
 #[derive(Debug)]
-pub(super) struct Place {
+pub(super) struct RecordAt {
     /// `None`: its segment is gone, which only happens to events that were withdrawn.
     pub reader: Option<Reader>,
     pub offset: u32,
@@ -57,15 +57,15 @@ pub(super) struct Job {
     pub lane: u32,
     pub key: Option<LaneKey>,
     pub endpoint: EndpointName,
-    pub events: Vec<Place>,
+    pub events: Vec<RecordAt>,
     pub is_fixed: bool,
     pub attempt: u32,
     pub target: Arc<Target>,
     /// On a connection of its own: the last one broke.
     pub is_on_new: bool,
-    pub flight: Arc<Flight>,
+    pub stage: Arc<Stage>,
     pub hashing: HashKey,
-    pub settings: Arc<Settings>,
+    pub rules: Arc<Rules>,
     /// Room for large pushes, KiB.
     pub bodies: Arc<Semaphore>,
 }
@@ -109,14 +109,14 @@ impl Job {
         let Some((push, event_ids)) = composed else {
             return Done { taken: 1, verdict: Verdict::Damaged, ..done };
         };
-        let webhook_id = self.settings.logs_attempts.then(|| push.id.clone());
+        let webhook_id = self.rules.logs_attempts.then(|| push.id.clone());
         let begun = clock::now();
         let connection = if self.is_on_new { Connection::New } else { Connection::Any };
-        let may_send = || self.flight.may_send();
+        let may_send = || self.stage.may_send();
         let seen = tokio::select! {
-            seen = deliverer.attempt(&self.target, push, connection, self.settings.timeout, may_send) => seen,
+            seen = deliverer.attempt(&self.target, push, connection, self.rules.timeout, may_send) => seen,
             // Nothing was sent; whatever is waited for, it is of no use any more.
-            () = self.flight.withdrawn.notified() => None,
+            () = self.stage.withdrawn.notified() => None,
         };
         done.seconds = begun.elapsed().as_secs_f64();
         if seen.is_none() {
@@ -146,9 +146,9 @@ impl Job {
     fn read(&self, room: &mut Option<OwnedSemaphorePermit>) -> Result<Vec<Stored>, Verdict> {
         let mut all = Vec::with_capacity(self.events.len());
         let mut bytes = 0;
-        for place in &self.events {
-            let Some(reader) = &place.reader else { break };
-            match reader.read(place.offset) {
+        for at in &self.events {
+            let Some(reader) = &at.reader else { break };
+            match reader.read(at.offset) {
                 Ok(Some(stored)) => {
                     bytes += stored.event().map_or(0, |event| event.messages.len());
                     let is_first = all.is_empty();
@@ -171,7 +171,7 @@ impl Job {
                 }
                 Err(_) => break,
             }
-            if bytes > self.settings.bounds.bytes_max && !self.is_fixed {
+            if bytes > self.rules.bounds.bytes_max && !self.is_fixed {
                 break;
             }
         }
@@ -190,7 +190,7 @@ impl Job {
         let first = stored.first()?.event().filter(is_own)?;
         // What was sent before goes together again, whatever the bounds are now.
         let unbounded = PushBounds { messages_max: u32::MAX, bytes_max: usize::MAX };
-        let bounds = if self.is_fixed { unbounded } else { self.settings.bounds };
+        let bounds = if self.is_fixed { unbounded } else { self.rules.bounds };
         let is_survey = self.endpoint == EndpointName::SURVEY;
         let mut composition = Composition::default();
         let mut events = Vec::new();
@@ -203,7 +203,7 @@ impl Job {
                 break;
             }
             events.push((stored.seq(), event.key));
-            if self.settings.logs_attempts {
+            if self.rules.logs_attempts {
                 event_ids.push(event.event_id());
             }
             done.accepted_ms.push(event.accepted_ms);

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 
-use super::attempt::Place;
+use super::attempt::RecordAt;
 use super::{Relay, micros};
 use crate::clock;
 use crate::domain::endpoint::EndpointName;
@@ -24,7 +24,7 @@ const UNREAD_MAX: u32 = 10;
 /// A burial with all that it needs.
 struct Grave {
     burial: Burial,
-    places: Vec<Place>,
+    places: Vec<RecordAt>,
     seqs: Vec<u64>,
     problem: Option<Arc<str>>,
     is_last_try: bool,
@@ -119,7 +119,7 @@ impl Relay {
 
     fn grave(&self, burial: Burial) -> Grave {
         Grave {
-            places: self.places(&burial.events),
+            places: self.records(&burial.events),
             seqs: self.seqs(&burial.events),
             problem: self.lane_errors.get(&burial.lane).cloned(),
             is_last_try: self.unread.get(&burial.lane).is_some_and(|times| *times >= UNREAD_MAX),

@@ -9,13 +9,13 @@ use serde_json::json;
 use tokio::sync::oneshot;
 
 use super::deliverer::{Connection, Deliverer, Push};
-use super::{Relay, Settings};
+use super::{Relay, Rules};
 use crate::clock;
 use crate::config::{Endpoints, UrlRule};
 use crate::domain::endpoint::{EndpointName, Plugin};
 use crate::domain::keys::LaneKey;
-use crate::domain::outcome::Report;
 use crate::domain::schedule::{self, EndpointView, LaneId, LaneView, Pauses};
+use crate::domain::verdict::Report;
 use crate::store::Reader;
 
 /// What the rest of the program asks. Whoever asked may have gone when it is answered.
@@ -85,7 +85,7 @@ pub struct Configure {
     /// What may be connected to.
     pub rule: Arc<UrlRule>,
     /// With certificates read anew, and other rules: after a reload.
-    pub reloaded: Option<(Deliverer, Settings, schedule::Settings)>,
+    pub reloaded: Option<(Deliverer, Rules, schedule::Rules)>,
     /// Answered.
     pub reply: oneshot::Sender<()>,
 }
@@ -185,10 +185,10 @@ impl Relay {
             Command::Test(endpoint, reply) => self.test(endpoint, reply),
             Command::Configure(configure) => {
                 let Configure { endpoints, rule, reloaded, reply } = *configure;
-                if let Some((deliverer, settings, rules)) = reloaded {
+                if let Some((deliverer, rules, of_schedule)) = reloaded {
                     self.deliverer = deliverer.with_names_of(&self.deliverer);
-                    self.settings = Arc::new(settings);
-                    self.schedule.set_settings(rules);
+                    self.rules = Arc::new(rules);
+                    self.schedule.set_rules(of_schedule);
                 }
                 self.configure(&endpoints, &rule);
                 reply.send(()).ok();
@@ -256,8 +256,8 @@ impl Relay {
             }],
         });
         let push = Push { id: format!("msg_test_{id:032x}"), attempt: 1, body: Bytes::from(body.to_string()) };
-        let (deliverer, timeout) = (self.deliverer.clone(), self.settings.timeout);
-        let (logs_attempts, webhook_id) = (self.settings.logs_attempts, push.id.clone());
+        let (deliverer, timeout) = (self.deliverer.clone(), self.rules.timeout);
+        let (logs_attempts, webhook_id) = (self.rules.logs_attempts, push.id.clone());
         let metrics = self.metrics_of(endpoint);
         tokio::spawn(async move {
             let begun = clock::now();

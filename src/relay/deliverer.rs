@@ -26,7 +26,7 @@ use super::resolver::Resolver;
 use crate::clock;
 use crate::config::{Endpoint, UrlRule};
 use crate::domain::endpoint::EndpointName;
-use crate::domain::outcome::{self, Report};
+use crate::domain::verdict::{self, Report};
 
 /// How long a connection is kept idle: receivers commonly close them after 60 s or more.
 const IDLE_LIMIT: Duration = Duration::from_secs(30);
@@ -56,18 +56,18 @@ pub struct Target {
     path: Uri,
     idle: Mutex<Vec<Idle>>,
     /// For connections that are kept: of this endpoint, and of all.
-    places: [Arc<Semaphore>; 2],
+    may_keep: [Arc<Semaphore>; 2],
 }
 
 #[derive(Debug)]
 struct Idle {
     sender: SendRequest<Full<Bytes>>,
     since: Instant,
-    _place: Place,
+    _permits: Permits,
 }
 
 /// The right to keep a connection after its attempt.
-type Place = [OwnedSemaphorePermit; 2];
+type Permits = [OwnedSemaphorePermit; 2];
 
 impl std::fmt::Debug for Target {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -76,10 +76,10 @@ impl std::fmt::Debug for Target {
 }
 
 impl Target {
-    /// A place to keep a connection at. Over all endpoints they are bounded too: descriptors are left for attempts and
+    /// What a connection is kept by. Over all endpoints they are bounded too: descriptors are left for attempts and
     /// callers.
-    fn place(&self) -> Option<Place> {
-        let [own, all] = &self.places;
+    fn permits(&self) -> Option<Permits> {
+        let [own, all] = &self.may_keep;
         Some([Arc::clone(own).try_acquire_owned().ok()?, Arc::clone(all).try_acquire_owned().ok()?])
     }
 
@@ -94,15 +94,15 @@ impl Target {
     }
 
     fn give_back(&self, sender: SendRequest<Full<Bytes>>) {
-        if let Some(place) = self.place() {
-            self.keep(sender, place);
+        if let Some(permits) = self.permits() {
+            self.keep(sender, permits);
         }
     }
 
-    fn keep(&self, sender: SendRequest<Full<Bytes>>, place: Place) {
+    fn keep(&self, sender: SendRequest<Full<Bytes>>, permits: Permits) {
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
         if !sender.is_closed() {
-            idle.push(Idle { sender, since: clock::now(), _place: place });
+            idle.push(Idle { sender, since: clock::now(), _permits: permits });
         }
     }
 
@@ -124,7 +124,7 @@ pub struct Deliverer {
     tls: Arc<rustls::ClientConfig>,
     resolver: Arc<Resolver>,
     user_agent: HeaderValue,
-    idle_places: Arc<Semaphore>,
+    may_keep: Arc<Semaphore>,
 }
 
 /// What was seen of an attempt, and what there is to say of a failure, for people.
@@ -191,8 +191,8 @@ impl Deliverer {
             .with_root_certificates(roots)
             .with_no_client_auth();
         let user_agent = HeaderValue::from_static(concat!("h5push-relay/", env!("CARGO_PKG_VERSION")));
-        let idle_places = Arc::new(Semaphore::new(KEPT_MAX.min(max_in_flight as usize)));
-        Ok(Deliverer { tls: Arc::new(tls), resolver: Arc::new(Resolver::system()), user_agent, idle_places })
+        let may_keep = Arc::new(Semaphore::new(KEPT_MAX.min(max_in_flight as usize)));
+        Ok(Deliverer { tls: Arc::new(tls), resolver: Arc::new(Resolver::system()), user_agent, may_keep })
     }
 
     /// With what another one knows of names: a reload forgets no address, nor the look-ups that hang.
@@ -221,8 +221,8 @@ impl Deliverer {
             .enable_http1()
             .wrap_connector(Dialer { resolver: Arc::clone(&self.resolver), rule });
         let own = Arc::new(Semaphore::new(endpoint.limits.concurrency as usize));
-        let places = [own, Arc::clone(&self.idle_places)];
-        Target { endpoint, connector, host, path, idle: Mutex::new(Vec::new()), places }
+        let may_keep = [own, Arc::clone(&self.may_keep)];
+        Target { endpoint, connector, host, path, idle: Mutex::new(Vec::new()), may_keep }
     }
 
     /// Makes one attempt. `may_send` is asked right before the first byte; `None` if it says no. The body is held only
@@ -250,7 +250,7 @@ impl Deliverer {
             .headers()
             .get(header::RETRY_AFTER)
             .and_then(|value| value.to_str().ok())
-            .and_then(|value| outcome::retry_after(value, clock::wall()));
+            .and_then(|value| verdict::retry_after(value, clock::wall()));
         recycle(Arc::clone(target), response, sender, deadline);
         Some(Report::Status { code, retry_after }.into())
     }
@@ -369,7 +369,7 @@ async fn survey_answer(
     Report::survey(status, &text).into()
 }
 
-/// Drains the answer and keeps the connection, or drops both: where there is no place to keep it, at once.
+/// Drains the answer and keeps the connection, or drops both: where it may not be kept, at once.
 fn recycle(
     target: Arc<Target>,
     response: Response<Incoming>,
@@ -379,7 +379,7 @@ fn recycle(
     if response.body().is_end_stream() && sender.is_ready() {
         return target.give_back(sender);
     }
-    let Some(place) = target.place() else { return };
+    let Some(permits) = target.permits() else { return };
     tokio::spawn(async move {
         let mut sender = sender;
         let mut body = Limited::new(response.into_body(), BODY_MAX);
@@ -392,7 +392,7 @@ fn recycle(
             sender.ready().await.is_ok()
         });
         if drained.await == Ok(true) {
-            target.keep(sender, place);
+            target.keep(sender, permits);
         }
     });
 }

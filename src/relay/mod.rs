@@ -4,9 +4,9 @@ mod attempt;
 mod burials;
 mod commands;
 mod deliverer;
+mod descriptors;
 mod dialer;
 mod holds;
-mod limits;
 mod reports;
 mod resolver;
 mod withdrawals;
@@ -18,21 +18,21 @@ use std::time::Duration;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::task::JoinSet;
 
-use self::attempt::{Done, Flight, Job};
+use self::attempt::{Done, Job, Stage};
 use self::burials::{Buried, BuryWaiter};
 pub use self::commands::{AttemptsSeen, Command, Configure, LaneShown, Tested, View};
 pub use self::deliverer::Deliverer;
 use self::deliverer::Target;
+pub use self::descriptors::max_in_flight;
 pub use self::holds::holds;
-pub use self::limits::max_in_flight;
 use self::withdrawals::Withdrawing;
 use crate::clock;
 use crate::config::{Endpoints, UrlRule};
 use crate::domain::backlog::Handle;
 use crate::domain::endpoint::EndpointName;
-use crate::domain::outcome::Verdict;
 use crate::domain::push::PushBounds;
 use crate::domain::schedule::{LaneId, Schedule, Start};
+use crate::domain::verdict::Verdict;
 use crate::metrics::{EndpointMetrics, Metrics};
 use crate::store::{Compacted, Item, Note, Notice, Position, Snapshot, Store};
 
@@ -57,7 +57,7 @@ const REAP_EVERY: Duration = Duration::from_secs(10);
 
 /// What the relay is to go by.
 #[derive(Debug)]
-pub struct Settings {
+pub struct Rules {
     /// `push.timeout`
     pub timeout: Duration,
     /// `push.max_messages`, `push.max_bytes`
@@ -72,12 +72,12 @@ pub struct Relay {
     schedule: Schedule,
     store: Store,
     deliverer: Deliverer,
-    settings: Arc<Settings>,
+    rules: Arc<Rules>,
     metrics: Metrics,
     targets: HashMap<EndpointName, Arc<Target>>,
     endpoint_metrics: HashMap<EndpointName, Arc<EndpointMetrics>>,
     /// Attempts in flight, to be told when they are withdrawn before they have begun to send.
-    flights: HashMap<u32, Arc<Flight>>,
+    stages: HashMap<u32, Arc<Stage>>,
     attempts: JoinSet<Done>,
     bodies: Arc<Semaphore>,
     burying: JoinSet<Vec<Buried>>,
@@ -112,7 +112,7 @@ impl Relay {
         store: Store,
         deliverer: Deliverer,
         (endpoints, rule): (&Endpoints, &Arc<UrlRule>),
-        settings: Settings,
+        rules: Rules,
         metrics: Metrics,
     ) -> Relay {
         // What was loaded is heard of: a checkpoint before the first group must not begin at the beginning.
@@ -121,11 +121,11 @@ impl Relay {
             schedule,
             store,
             deliverer,
-            settings: Arc::new(settings),
+            rules: Arc::new(rules),
             metrics,
             targets: HashMap::new(),
             endpoint_metrics: HashMap::new(),
-            flights: HashMap::new(),
+            stages: HashMap::new(),
             attempts: JoinSet::new(),
             bodies: Arc::new(Semaphore::new(BODIES_KIB)),
             burying: JoinSet::new(),
@@ -167,7 +167,7 @@ impl Relay {
             self.schedule.remove_endpoint(name);
             self.seen.forget(name);
         }
-        self.flights.values().for_each(|flight| flight.withdraw());
+        self.stages.values().for_each(|stage| stage.withdraw());
         for (name, old) in before {
             let is_same_url = self.targets.get(&name).is_some_and(|new| new.endpoint.url == old.endpoint.url);
             if !is_same_url {
@@ -318,9 +318,9 @@ impl Relay {
             self.report(start.lane, 0, Verdict::Again);
             return;
         };
-        let events = self.places(&start.events);
-        let flight = Arc::new(Flight::new());
-        self.flights.insert(start.lane, Arc::clone(&flight));
+        let events = self.records(&start.events);
+        let stage = Arc::new(Stage::new());
+        self.stages.insert(start.lane, Arc::clone(&stage));
         let job = Job {
             lane: start.lane,
             key: self.schedule.lane_key(start.lane),
@@ -330,9 +330,9 @@ impl Relay {
             attempt: start.attempt,
             target,
             is_on_new: self.broken.remove(&start.lane),
-            flight,
+            stage,
             hashing: self.store.hashing(),
-            settings: Arc::clone(&self.settings),
+            rules: Arc::clone(&self.rules),
             bodies: Arc::clone(&self.bodies),
         };
         let deliverer = self.deliverer.clone();
@@ -342,10 +342,10 @@ impl Relay {
         }
     }
 
-    fn places(&self, events: &[Handle]) -> Vec<attempt::Place> {
+    fn records(&self, events: &[Handle]) -> Vec<attempt::RecordAt> {
         events
             .iter()
-            .map(|event| attempt::Place {
+            .map(|event| attempt::RecordAt {
                 reader: self.store.reader(event.slot()),
                 offset: self.schedule.backlog.offset(*event),
             })

@@ -6,8 +6,8 @@ use super::attempt::Done;
 use super::{LANE_ERRORS_MAX, Relay};
 use crate::clock;
 use crate::domain::endpoint::EndpointName;
-use crate::domain::outcome::{AttemptResult, Verdict};
 use crate::domain::schedule::{Breaker, LaneId, Moment};
+use crate::domain::verdict::{AttemptResult, Verdict};
 use crate::store::{Ending, Note};
 
 impl Relay {
@@ -17,7 +17,7 @@ impl Relay {
             // A panic has ended the process already; nothing is ever cancelled.
             Err(error) => return tracing::error!(%error, "an attempt ended without a report"),
         };
-        self.flights.remove(&done.lane);
+        self.stages.remove(&done.lane);
         let metrics = self.metrics_of(done.endpoint);
         if let Some(result) = done.result {
             metrics.attempt(result);

@@ -33,9 +33,9 @@ impl Relay {
                 continue;
             }
             if let Some(id) = id
-                && let Some(flight) = self.flights.get(&id)
+                && let Some(stage) = self.stages.get(&id)
             {
-                flight.withdraw();
+                stage.withdraw();
             }
             let count = found.events.len() as u64;
             *self.ended.entry(endpoint).or_default() += count;

@@ -18,8 +18,8 @@ use super::dead_letters::LetterId;
 use crate::domain::customer::{Customer, NameKind};
 use crate::domain::endpoint::{EndpointName, Plugin};
 use crate::domain::keys::{self, EventKey, LaneKey};
-use crate::domain::outcome::DeathReason;
 use crate::domain::schedule::Retry;
+use crate::domain::verdict::DeathReason;
 
 /// Begins every frame; the last byte is the version of the format.
 const MAGIC: [u8; 4] = [b'H', b'5', b'R', 1];

@@ -38,7 +38,7 @@ pub(super) fn compact(
         if mark.segment >= below || stays {
             continue;
         }
-        let path = segment::path(&disk::journal_dir(&inner.settings.dir), mark.segment);
+        let path = segment::path(&disk::journal_dir(&inner.options.dir), mark.segment);
         let len = std::fs::metadata(path)?.len();
         sizes.push((len, mark.live_bytes.min(len), mark));
     }
@@ -47,13 +47,13 @@ pub(super) fn compact(
     // The least live first.
     sizes.sort_by_key(|(len, live, _)| live.saturating_mul(1_000) / len.max(&1));
     for (len, live, mark) in sizes.into_iter().take(SEGMENTS_MAX) {
-        if dead * 3 < whole || dead < u64::from(inner.settings.segment_bytes) {
+        if dead * 3 < whole || dead < u64::from(inner.options.segment_bytes) {
             break;
         }
         let rewritten = rewrite(inner, queue, mark);
         if rewritten.is_err() {
             // It takes room for nothing.
-            drop(std::fs::remove_file(disk::journal_dir(&inner.settings.dir).join(TEMPORARY)));
+            drop(std::fs::remove_file(disk::journal_dir(&inner.options.dir).join(TEMPORARY)));
         }
         if !rewritten? {
             tracing::warn!(segment = mark.segment, "not compacted: a record of what waits in it does not read back");
@@ -78,7 +78,7 @@ fn rewrite(inner: &Inner, queue: &Queue, mark: &GroupMark) -> Result<bool, Queue
     }) else {
         return Ok(true);
     };
-    let dir = disk::journal_dir(&inner.settings.dir);
+    let dir = disk::journal_dir(&inner.options.dir);
     let temporary = dir.join(TEMPORARY);
     let file = File::options().read(true).write(true).create(true).truncate(true).open(&temporary)?;
     let generation = old.generation + 1;

@@ -9,8 +9,8 @@ use crate::domain::customer::{Customer, Hearing, NameKind};
 use crate::domain::endpoint::Plugin;
 
 impl Store {
-    /// Records what is said of a customer. With `withdraws`, a switch that is off afterwards withdraws what waits, and
-    /// this returns when that is done and durable. `None`: there is no such customer and there must be.
+    /// Records what is said of a customer. Where that sets the switch to off, what waits is withdrawn, and this returns when
+    /// that is done and durable. `None`: there is no such customer and there must be.
     ///
     /// # Errors
     /// Nothing was stored; or it was, and what waited is not known to be withdrawn durably: a start withdraws it.

@@ -12,6 +12,10 @@ pub(super) fn journal_dir(dir: &Path) -> PathBuf {
     dir.join("journal")
 }
 
+pub(super) fn dead_dir(dir: &Path) -> PathBuf {
+    dir.join("dead")
+}
+
 /// Free space for unprivileged users, bytes.
 pub(super) fn free_bytes(dir: &Path) -> io::Result<u64> {
     let stat = rustix::fs::statvfs(dir)?;

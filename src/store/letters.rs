@@ -10,7 +10,7 @@ use super::dead_letters::DeadLetters;
 use super::segment::Frame;
 use super::{LetterFilter, LetterId, Refusal, Store, Stored, lock};
 use crate::domain::endpoint::EndpointName;
-use crate::domain::outcome::DeathReason;
+use crate::domain::verdict::DeathReason;
 
 /// A letter to be buried.
 #[derive(Debug)]
@@ -127,7 +127,7 @@ impl Store {
     }
 
     fn read_letter(&self, id: LetterId, offset: u32) -> io::Result<Option<DeadLetter>> {
-        let frame = DeadLetters::read(&self.inner.settings.dir, id, offset)?;
+        let frame = DeadLetters::read(&self.inner.options.dir, id, offset)?;
         Ok(frame.map(|frame| DeadLetter { id, frame }))
     }
 

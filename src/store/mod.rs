@@ -8,8 +8,10 @@
 //! data_dir/queue/             sled: index, customers, names, idempotency keys, retry state, settings, nonces
 //! data_dir/state-N.log        customers, names, settings and nonces, which the queue would lose with sled
 //! data_dir/dead/N.log         dead letters with their payload; N.idx says where each is, N.gone which are gone
-//! data_dir/checkpoint         which events wait, and from where the journal is to be replayed
-//! data_dir/lock, reserve
+//! data_dir/checkpoint         which events wait, and from where the journal is to be replayed; checkpoint.before the last
+//! data_dir/queue-N/           in its place after it was copied N times; queue.damaged-TIME/ what was set aside
+//! data_dir/journal/spare      the next segment, created ahead
+//! data_dir/lock, reserve      room that is given back when the disk is full
 //! ```
 //!
 //! Three threads: one writes and syncs the journal, one keeps everything else in step with it (`keeper`), and the caller
@@ -24,6 +26,7 @@ mod compact;
 mod customers;
 mod dead_letters;
 mod disk;
+mod groups;
 mod ids;
 mod journal;
 mod keeper;
@@ -44,7 +47,6 @@ mod segments;
 mod state;
 mod state_log;
 mod verify;
-mod writer;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -78,7 +80,7 @@ use crate::metrics::StoreMetrics;
 
 /// How the store is to be.
 #[derive(Clone, Debug)]
-pub struct Settings {
+pub struct Options {
     /// Whether what waits is to be relayed, and not only looked at.
     pub is_relaying: bool,
     /// The data directory; created if it is not there.
@@ -123,7 +125,7 @@ pub struct Fate {
 /// What the threads of the store share.
 #[derive(Debug)]
 struct Inner {
-    settings: Settings,
+    options: Options,
     identity: [u8; 32],
     admission: Mutex<Admission>,
     work: Condvar,
@@ -184,7 +186,8 @@ impl Store {
         self.inner.hashing()
     }
 
-    /// What operators set: a few small texts by key, at most 3.5 KB each, because a row of sled's is to be small.
+    /// What operators set (endpoints, pauses) and what receivers asked for (holds): a few small texts by key. Callers keep
+    /// them under 3.5 KB each, because a row of sled's is to be small.
     #[must_use]
     pub fn settings(&self) -> BTreeMap<String, String> {
         lock(&self.inner.admission).settings.clone()
@@ -254,7 +257,7 @@ impl Store {
     /// Free space below which events are refused, bytes: as of the start.
     #[must_use]
     pub fn free_floor(&self) -> u64 {
-        self.inner.settings.free_min
+        self.inner.options.free_min
     }
 
     /// Whether events are refused for want of space.
@@ -266,7 +269,7 @@ impl Store {
     /// Bytes of the data directory's files.
     #[must_use]
     pub fn bytes(&self) -> u64 {
-        disk::bytes_below(&self.inner.settings.dir)
+        disk::bytes_below(&self.inner.options.dir)
     }
 
     /// Judges by other rules from now on; how long and how many ids and customers are known stays as it was at the

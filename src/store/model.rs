@@ -15,16 +15,16 @@ use crate::domain::customer::{Hearing, NameKind, Toggle};
 use crate::domain::endpoint::Plugin;
 use crate::domain::event::Event;
 use crate::domain::keys::LaneKey;
-use crate::domain::outcome::Verdict;
 use crate::domain::retry::{Backoff, Delays};
 use crate::domain::schedule::{self, Moment, Schedule};
+use crate::domain::verdict::Verdict;
 use crate::metrics::Metrics;
 
 /// Customers.
 pub(super) const LANES: usize = 8;
 
-pub(super) fn settings(dir: &std::path::Path) -> Settings {
-    Settings {
+pub(super) fn options(dir: &std::path::Path) -> Options {
+    Options {
         is_relaying: true,
         dir: dir.to_owned(),
         segment_bytes: 24 << 10,
@@ -46,7 +46,7 @@ pub(super) fn settings(dir: &std::path::Path) -> Settings {
 pub(super) fn empty_schedule() -> Schedule {
     let backoff =
         Backoff { initial: Duration::from_secs(1), multiplier: 2.0, max: Duration::from_secs(9), randomization: 0.0 };
-    let mut schedule = Schedule::new(schedule::Settings {
+    let mut schedule = Schedule::new(schedule::Rules {
         delays: Delays::new(&backoff),
         max_age_s: 1_000_000,
         max_attempts: 0,
@@ -122,7 +122,7 @@ impl Play {
         let (tell, notices) = mpsc::channel(1_024);
         let metrics = Metrics::new(10).unwrap();
         let (store, threads) =
-            Store::open(settings(&self.dir), metrics.store.clone(), &mut self.schedule, |_, _| (), tell).unwrap();
+            Store::open(options(&self.dir), metrics.store.clone(), &mut self.schedule, |_, _| (), tell).unwrap();
         for what in ["journal", "torn_tail", "queue", "checkpoint", "dead_letters", "state_log"] {
             assert_eq!(metrics.store.damage.with_label_values(&[what]).get(), 0, "{what}");
         }

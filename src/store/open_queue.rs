@@ -10,14 +10,14 @@ use super::checkpoint::Checkpoint;
 use super::codec::Record;
 use super::queue::{self, PositionRow, Queue, QueueError};
 use super::state_log::StateLog;
-use super::{Inner, Position, Settings, lock, segment, state};
+use super::{Inner, Options, Position, lock, segment, state};
 use crate::clock;
 use crate::domain::keys::{EventKey, HashKey};
 use crate::metrics::StoreMetrics;
 
 /// What a queue is opened by.
 pub(super) struct Opener<'a> {
-    pub settings: &'a Settings,
+    pub options: &'a Options,
     pub metrics: &'a StoreMetrics,
     pub checkpoint: Option<&'a Checkpoint>,
     pub hashing: HashKey,
@@ -47,7 +47,7 @@ impl Opener<'_> {
         number: u64,
         apply_rest: impl Fn(&Queue, &mut Applier) -> Result<(), QueueError>,
     ) -> Result<Opened, QueueError> {
-        let dir = queue::path(&self.settings.dir, number);
+        let dir = queue::path(&self.options.dir, number);
         let needed = self.checkpoint.map(|checkpoint| checkpoint.position);
         if dir.exists() {
             let resumed = if self.is_damaged {
@@ -61,7 +61,7 @@ impl Opener<'_> {
                 Err(error) if error.is_no_space() || (!self.is_start && error.is_of_a_file()) => return Err(error),
                 Err(error) => {
                     tracing::error!(%error, "the queue is set aside and built anew from the journal");
-                    set_aside(&self.settings.dir, &dir)?;
+                    set_aside(&self.options.dir, &dir)?;
                     self.metrics.damaged("queue", 1);
                 }
             }
@@ -85,13 +85,13 @@ impl Opener<'_> {
         needed: Option<Position>,
         apply_rest: impl Fn(&Queue, &mut Applier) -> Result<(), QueueError>,
     ) -> Result<(Arc<Queue>, Applier), QueueError> {
-        let queue = Queue::open(&self.settings.dir, number)?;
+        let queue = Queue::open(&self.options.dir, number)?;
         let at = queue.position()?.unwrap_or_default();
         let here = Position { segment: at.segment, offset: at.offset };
         if needed.is_some_and(|needed| here < needed) {
             return Err(QueueError::Damaged("it is older than the checkpoint"));
         }
-        let state_log = StateLog::open(&self.settings.dir, &at)?;
+        let state_log = StateLog::open(&self.options.dir, &at)?;
         if self.is_suspect {
             queue.read_through()?;
         }
@@ -109,13 +109,13 @@ impl Opener<'_> {
         number: u64,
         apply_rest: impl Fn(&Queue, &mut Applier) -> Result<(), QueueError>,
     ) -> Result<(Arc<Queue>, Applier), QueueError> {
-        let queue = Queue::open(&self.settings.dir, number)?;
+        let queue = Queue::open(&self.options.dir, number)?;
         let (number, from, synced) = match self.checkpoint {
             Some(found) => (found.state_log, found.position, found.state_len),
             None => (0, Position::default(), 0),
         };
         let (mut len, mut damaged) = (synced, 0);
-        let path = StateLog::path(&self.settings.dir, number);
+        let path = StateLog::path(&self.options.dir, number);
         match File::open(&path) {
             Ok(file) => {
                 let mut result = Ok(());
@@ -146,14 +146,14 @@ impl Opener<'_> {
             }
         }
         let at = PositionRow { state_log: number, state_len: len, ..PositionRow::default() };
-        let state_log = StateLog::open(&self.settings.dir, &at)?;
+        let state_log = StateLog::open(&self.options.dir, &at)?;
         let mut applier = Applier::resume(&queue, at, state_log, from, self.applier_settings())?;
         apply_rest(&queue, &mut applier)?;
         if damaged > 0 {
             // It is written from the rows: all that was read must be in them. The position comes after it, so that a crash
             // in between builds all of it again.
             applier.change_rows(&queue)?;
-            applier.rewrite_state_log(&queue, &self.settings.dir)?;
+            applier.rewrite_state_log(&queue, &self.options.dir)?;
         }
         applier.commit(&queue)?;
         queue.flush()?;
@@ -161,7 +161,7 @@ impl Opener<'_> {
     }
 
     fn applier_settings(&self) -> (HashKey, u64) {
-        let rules = &self.settings.rules;
+        let rules = &self.options.rules;
         (self.hashing, rules.dedupe_max as u64)
     }
 }
@@ -179,9 +179,9 @@ fn set_aside(dir: &Path, damaged: &Path) -> std::io::Result<()> {
 
 /// After an error of sled's while running: opens it again, or builds it anew, up to what is durable.
 pub(super) fn reopen(inner: &Inner) -> Result<(Arc<Queue>, Applier), QueueError> {
-    let (checkpoint, _) = Checkpoint::read(&inner.settings.dir)?;
+    let (checkpoint, _) = Checkpoint::read(&inner.options.dir)?;
     let opener = Opener {
-        settings: &inner.settings,
+        options: &inner.options,
         metrics: &inner.metrics,
         checkpoint: checkpoint.as_ref(),
         hashing: inner.hashing(),

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::disk::{dead_dir, journal_dir};
 use super::segment;
 use super::state_log::StateLog;
 
@@ -28,8 +29,7 @@ pub struct VerifiedFile {
 /// A file cannot be read.
 pub fn verify(dir: &Path) -> io::Result<Vec<VerifiedFile>> {
     let mut found = Vec::new();
-    for folder in ["journal", "dead"] {
-        let folder = dir.join(folder);
+    for folder in [journal_dir(dir), dead_dir(dir)] {
         if folder.is_dir() {
             for entry in std::fs::read_dir(&folder)? {
                 let entry = entry?;

@@ -7,7 +7,7 @@ use super::lanes::{Lane, LaneId, Retry, State};
 use super::reports::after_singles;
 use crate::domain::backlog::Handle;
 use crate::domain::endpoint::EndpointName;
-use crate::domain::outcome::DeathReason;
+use crate::domain::verdict::DeathReason;
 
 /// Most events given up in one step, so that burying a large backlog never holds up the rest.
 const BURY_EVENTS_MAX: u32 = 64;
@@ -161,13 +161,13 @@ impl Schedule {
         let Some(endpoint) = self.endpoints.get(endpoint as usize) else { return 0 };
         let age = |event: &Handle| endpoint.pauses.age(u64::from(self.backlog.second(*event)), second);
         // Both are whole seconds, cut off: never before its time.
-        let too_old = |event: &Handle| age(event) > self.settings.max_age_s;
+        let too_old = |event: &Handle| age(event) > self.rules.max_age_s;
         self.walk(head, most).take_while(too_old).count() as u32
     }
 
     /// After a failed probe: gives up what is too old in the lanes that had no attempt of their own.
     pub(super) fn expire_ready(&mut self, id: u32, second: u64) {
-        let max_age_s = self.settings.max_age_s;
+        let max_age_s = self.rules.max_age_s;
         let Some(endpoint) = self.endpoint_mut(id) else { return };
         if endpoint.ages.oldest().is_none_or(|oldest| endpoint.pauses.age(u64::from(oldest), second) <= max_age_s) {
             return;

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use super::*;
 use crate::domain::endpoint::Plugin;
-use crate::domain::outcome::Verdict;
 use crate::domain::retry::Backoff;
+use crate::domain::verdict::Verdict;
 
 const SECOND: u64 = 1_000_000;
 const DAY: u64 = 86_400 * SECOND;
@@ -132,7 +132,7 @@ impl Days {
 fn ten_days_of_traffic_leave_nothing_behind() {
     let backoff =
         Backoff { initial: Duration::from_secs(1), multiplier: 2.0, max: Duration::from_secs(300), randomization: 0.5 };
-    let settings = Settings {
+    let rules = Rules {
         delays: Delays::new(&backoff),
         max_age_s: 3_600,
         max_attempts: 0,
@@ -143,7 +143,7 @@ fn ten_days_of_traffic_leave_nothing_behind() {
     };
     let mut days = Days {
         rng: fastrand::Rng::with_seed(10),
-        schedule: Schedule::new(settings),
+        schedule: Schedule::new(rules),
         now: 0,
         slot: 0,
         segment: 0,

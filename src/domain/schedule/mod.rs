@@ -34,19 +34,19 @@ pub use self::endpoint::Pauses;
 use self::endpoint::{Endpoint, ToldClock};
 pub use self::lanes::{LaneId, Retry};
 use self::lanes::{Lanes, State};
-pub use self::reports::{Breaker, Deferred, Moment, Outcome};
+pub use self::reports::{Breaker, Deferred, Moment, ToRecord};
 use self::starts::Flight;
 pub use self::starts::Start;
 pub use self::views::{EndpointView, LaneView};
 use super::backlog::{Backlog, Handle};
 use super::endpoint::{EndpointName, Limits};
 use super::keys::LaneKey;
-use super::outcome::{DeathReason, RETRY_AFTER_MAX};
 use super::retry::Delays;
+use super::verdict::{DeathReason, RETRY_AFTER_MAX};
 
 /// The rules of `[push]`, `[backoff]` and `[breaker]`.
 #[derive(Clone, Debug)]
-pub struct Settings {
+pub struct Rules {
     /// Waits after failures.
     pub delays: Delays,
     /// Seconds from acceptance after which an event is given up (`push.max_age`).
@@ -66,7 +66,7 @@ pub struct Settings {
 /// The schedule.
 #[derive(Debug)]
 pub struct Schedule {
-    settings: Settings,
+    rules: Rules,
     /// What waits. Public to those who fill it from the store.
     pub backlog: Backlog,
     lanes: Lanes,
@@ -86,9 +86,9 @@ pub struct Schedule {
 impl Schedule {
     /// An empty schedule.
     #[must_use]
-    pub fn new(settings: Settings) -> Schedule {
+    pub fn new(rules: Rules) -> Schedule {
         Schedule {
-            settings,
+            rules,
             backlog: Backlog::default(),
             lanes: Lanes::default(),
             endpoints: Vec::new(),
@@ -115,8 +115,8 @@ impl Schedule {
     }
 
     /// Goes by other rules from now on.
-    pub fn set_settings(&mut self, settings: Settings) {
-        self.settings = settings;
+    pub fn set_rules(&mut self, rules: Rules) {
+        self.rules = rules;
     }
 
     /// Pauses an endpoint or lets it go on.
@@ -251,7 +251,7 @@ impl Schedule {
         };
         lane.state = State::Waiting;
         let endpoint = lane.endpoint;
-        let due = now.saturating_add(micros(wait.min(self.settings.delays.longest())));
+        let due = now.saturating_add(micros(wait.min(self.rules.delays.longest())));
         let retry = Retry { fixed: retry.fixed.min(lane.len), due, ..retry };
         self.lanes.set_retry(lane_id, Some(retry));
         if let Some(endpoint) = self.endpoint_mut(endpoint) {

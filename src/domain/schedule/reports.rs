@@ -9,7 +9,7 @@ use super::starts::Flight;
 use super::{Schedule, micros};
 use crate::domain::backlog::Handle;
 use crate::domain::keys::LaneKey;
-use crate::domain::outcome::{DeathReason, Verdict};
+use crate::domain::verdict::{DeathReason, Verdict};
 
 /// What an endpoint's breaker did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,7 +22,7 @@ pub enum Breaker {
 
 /// What is to be recorded after a report.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Outcome {
+pub struct ToRecord {
     /// The lane, for the record.
     pub lane: Option<LaneKey>,
     /// Events that are delivered and settled now.
@@ -66,16 +66,13 @@ pub struct Moment {
 
 impl Schedule {
     /// Takes the report on an attempt, with how many of the offered events it carried.
-    pub fn reported(&mut self, lane_id: LaneId, taken: u32, verdict: Verdict, moment: Moment) -> Outcome {
-        let Some(flight) = self.flights.remove(&lane_id) else { return Outcome::default() };
-        let Some(lane) = self.lanes.get(lane_id).copied() else { return Outcome::default() };
-        let verdict = match verdict {
-            Verdict::Delivered | Verdict::Damaged | Verdict::Unread => verdict,
-            // As if its connection had been closed: the one it is to go to now has not said a word.
-            _ if flight.is_outdated => Verdict::Again,
-            _ => verdict,
-        };
-        let mut outcome = Outcome { lane: Some(lane.key), ..Outcome::default() };
+    pub fn reported(&mut self, lane_id: LaneId, taken: u32, verdict: Verdict, moment: Moment) -> ToRecord {
+        let Some(flight) = self.flights.remove(&lane_id) else { return ToRecord::default() };
+        let Some(lane) = self.lanes.get(lane_id).copied() else { return ToRecord::default() };
+        // Of another receiver's answer only this counts; the one that it is to go to now has not said a word.
+        let is_heeded = matches!(verdict, Verdict::Delivered | Verdict::Damaged | Verdict::Unread);
+        let verdict = if flight.is_outdated && !is_heeded { Verdict::Again } else { verdict };
+        let mut outcome = ToRecord { lane: Some(lane.key), ..ToRecord::default() };
         let held_until =
             |schedule: &Schedule| schedule.endpoints.get(lane.endpoint as usize).map_or(0, |it| it.held_until);
         let before = held_until(self);
@@ -140,7 +137,7 @@ impl Schedule {
         if flight.is_outdated {
             return None;
         }
-        let settings = self.settings.clone();
+        let rules = self.rules.clone();
         let endpoint = self.endpoint_mut(lane.endpoint)?;
         endpoint.in_flight = endpoint.in_flight.saturating_sub(1);
         if let Some(down) = endpoint.down.as_mut().filter(|_| flight.is_probe) {
@@ -151,7 +148,7 @@ impl Schedule {
             Verdict::Again | Verdict::Damaged => None,
             Verdict::Unread => {
                 if let Some(down) = endpoint.down.as_mut().filter(|_| flight.is_probe) {
-                    down.due = hold(settings.delays.delay(1, moment.dice));
+                    down.due = hold(rules.delays.delay(1, moment.dice));
                 }
                 None
             }
@@ -169,7 +166,7 @@ impl Schedule {
                 if is_first {
                     endpoint.throttles = endpoint.throttles.saturating_add(1);
                 }
-                let delay = || is_first.then(|| settings.delays.delay(endpoint.throttles, moment.dice));
+                let delay = || is_first.then(|| rules.delays.delay(endpoint.throttles, moment.dice));
                 // A wait of nothing is none: what it is to end is a wave.
                 if let Some(wait) = wait.filter(|wait| !wait.is_zero()).or_else(delay) {
                     endpoint.held_until = endpoint.held_until.max(hold(wait));
@@ -186,15 +183,15 @@ impl Schedule {
                 if let Some(down) = endpoint.down.as_mut() {
                     if flight.is_probe {
                         down.probes = down.probes.saturating_add(1);
-                        down.due = hold(settings.delays.delay(down.probes + 1, moment.dice));
+                        down.due = hold(rules.delays.delay(down.probes + 1, moment.dice));
                         self.expire_ready(lane.endpoint, moment.second);
                     }
                     return None;
                 }
-                if !endpoint.failed(lane.key, settings.breaker_failures) {
+                if !endpoint.failed(lane.key, rules.breaker_failures) {
                     return None;
                 }
-                let due = hold(settings.delays.delay(1, moment.dice));
+                let due = hold(rules.delays.delay(1, moment.dice));
                 endpoint.down = Some(Down { probes: 0, due, is_probing: false });
                 let timers = std::mem::take(&mut endpoint.timers);
                 self.requeue(lane.endpoint, timers.into_sorted_vec());
@@ -203,7 +200,7 @@ impl Schedule {
         }
     }
 
-    pub(super) fn delivered(&mut self, lane_id: LaneId, taken: u32, outcome: &mut Outcome, now: u64) {
+    pub(super) fn delivered(&mut self, lane_id: LaneId, taken: u32, outcome: &mut ToRecord, now: u64) {
         let retry = self.lanes.retry(lane_id).copied();
         outcome.delivered = self.pop(lane_id, taken);
         for event in &outcome.delivered {
@@ -228,7 +225,7 @@ impl Schedule {
         }
         let first = Retry { mark: flight.mark, ..Retry::default() };
         let mut retry = self.lanes.retry(lane_id).copied().unwrap_or(first);
-        retry.due = moment.now.saturating_add(micros(self.settings.delays.delay(1, moment.dice)));
+        retry.due = moment.now.saturating_add(micros(self.rules.delays.delay(1, moment.dice)));
         self.lanes.set_retry(lane_id, Some(retry));
         self.wait_until(lane_id, lane.endpoint, retry.due);
     }
@@ -248,7 +245,7 @@ impl Schedule {
         taken: u32,
         verdict: Verdict,
         flight: &Flight,
-        outcome: &mut Outcome,
+        outcome: &mut ToRecord,
         moment: Moment,
     ) {
         let Some(lane) = self.lanes.get(lane_id).copied() else { return };
@@ -265,8 +262,8 @@ impl Schedule {
         if verdict == Verdict::Refused && others_succeeded {
             retry.refusals = retry.refusals.saturating_add(1);
         }
-        let max_attempts = self.settings.max_attempts;
-        let is_refused = verdict == Verdict::Refused && taken == 1 && retry.refusals >= self.settings.max_refusals;
+        let max_attempts = self.rules.max_attempts;
+        let is_refused = verdict == Verdict::Refused && taken == 1 && retry.refusals >= self.rules.max_refusals;
         let death = if endpoint.limits.is_none() {
             Some((u32::MAX, DeathReason::EndpointRemoved))
         } else if verdict == Verdict::Damaged {
@@ -294,7 +291,7 @@ impl Schedule {
             retry.fixed = 0;
             retry.tries = 0;
         }
-        let wait = if is_down { Duration::ZERO } else { self.settings.delays.delay(retry.made(), moment.dice) };
+        let wait = if is_down { Duration::ZERO } else { self.rules.delays.delay(retry.made(), moment.dice) };
         retry.due = moment.now.saturating_add(micros(wait));
         outcome.deferred = Some(Deferred { head: lane.head, retry, wait });
         self.lanes.set_retry(lane_id, Some(retry));

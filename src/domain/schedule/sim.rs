@@ -9,8 +9,8 @@ use crate::domain::retry::Backoff;
 
 pub(super) const SECOND: u64 = 1_000_000;
 
-pub(super) fn settings() -> Settings {
-    Settings {
+pub(super) fn rules() -> Rules {
+    Rules {
         delays: Delays::new(&Backoff {
             initial: Duration::from_secs(1),
             multiplier: 2.0,
@@ -101,7 +101,7 @@ impl Sim {
         let lanes = rng.usize(1..12);
         let mut sim = Sim {
             rng,
-            schedule: Schedule::new(settings()),
+            schedule: Schedule::new(rules()),
             now: 0,
             events: Vec::new(),
             by_handle: HashMap::new(),
@@ -171,7 +171,7 @@ impl Sim {
 
     /// A crash: everything in memory is gone, attempts in flight are unheard of.
     fn restart(&mut self) {
-        self.schedule = Schedule::new(settings());
+        self.schedule = Schedule::new(rules());
         self.flights.clear();
         self.by_handle.clear();
         self.due.clear();

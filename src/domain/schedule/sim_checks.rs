@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::sim::*;
 use super::*;
-use crate::domain::outcome::{Report, Verdict};
+use crate::domain::verdict::{Report, Verdict};
 
 impl Sim {
     pub(super) fn start_all(&mut self) {
@@ -40,7 +40,7 @@ impl Sim {
             let is_mine = |other: &Start| other.endpoint == name(endpoint) && !self.outdated.contains(&other.lane);
             let mine = self.flights.iter().filter(|(_, other)| is_mine(other)).count();
             assert!(mine <= limits().concurrency as usize, "beyond the endpoint's concurrency");
-            assert!(self.flights.len() <= settings().max_in_flight as usize);
+            assert!(self.flights.len() <= rules().max_in_flight as usize);
             assert_eq!(self.schedule.in_flight(), self.flights.len());
         }
         // One at a time, so that others wait for theirs.
@@ -57,7 +57,7 @@ impl Sim {
                     DeathReason::Expired => {
                         let pauses = &self.pauses[self.endpoint_of(self.events[event].lane)];
                         let age = pauses.age(u64::from(self.events[event].second), self.now / SECOND);
-                        assert!(age > settings().max_age_s, "{age} s is not too old");
+                        assert!(age > rules().max_age_s, "{age} s is not too old");
                     }
                     DeathReason::Buried => assert!(self.given_up.contains(&event), "nobody gave it up"),
                     DeathReason::EndpointRemoved => assert!(self.orphans.contains(&event), "its endpoint is there"),
@@ -147,7 +147,7 @@ impl Sim {
             let due = self.now + micros(deferred.wait);
             self.due.insert(lane, due);
             self.recorded.insert(lane, (self.by_handle[&deferred.head], deferred.retry, due));
-            assert!(deferred.wait <= settings().delays.longest());
+            assert!(deferred.wait <= rules().delays.longest());
         }
     }
 

@@ -7,7 +7,7 @@ use super::Schedule;
 use super::lanes::{LaneId, State};
 use crate::domain::backlog::Handle;
 use crate::domain::endpoint::EndpointName;
-use crate::domain::outcome::DeathReason;
+use crate::domain::verdict::DeathReason;
 
 /// An attempt to be started.
 #[derive(Debug, PartialEq, Eq)]
@@ -53,7 +53,7 @@ impl Schedule {
             }
             self.touch(id, now);
         }
-        while self.flights.len() < self.settings.max_in_flight as usize {
+        while self.flights.len() < self.rules.max_in_flight as usize {
             let id = self.runnable.pop_front()?;
             if let Some(start) = self.try_start(id, now) {
                 self.runnable.push_back(id);
@@ -148,7 +148,7 @@ impl Schedule {
     }
 
     pub(super) fn is_crowded(&self) -> bool {
-        self.flights.len() > self.settings.max_in_flight as usize / 2
+        self.flights.len() > self.rules.max_in_flight as usize / 2
     }
 
     pub(super) fn try_start(&mut self, id: u32, now: u64) -> Option<Start> {
@@ -184,7 +184,7 @@ impl Schedule {
         let (name, mark) = (endpoint.name, endpoint.successes);
         let retry = self.lanes.retry(lane_id).copied().unwrap_or_default();
         let most = match (retry.fixed, retry.singles) {
-            (0, 0) => self.settings.events_per_push,
+            (0, 0) => self.rules.events_per_push,
             (0, _) => 1,
             (fixed, _) => fixed,
         };

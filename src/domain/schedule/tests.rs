@@ -5,13 +5,13 @@ mod receivers;
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use super::sim::{SECOND, limits, name, settings};
+use super::sim::{SECOND, limits, name, rules};
 use super::*;
 use crate::domain::backlog::PLACES_MAX;
-use crate::domain::outcome::Verdict;
+use crate::domain::verdict::Verdict;
 
-fn one_endpoint(settings: Settings, limits: Limits) -> Schedule {
-    let mut schedule = Schedule::new(settings);
+fn one_endpoint(rules: Rules, limits: Limits) -> Schedule {
+    let mut schedule = Schedule::new(rules);
     schedule.backlog.open(0, 0);
     schedule.put_endpoint(name(0), limits, 0);
     schedule
@@ -31,7 +31,7 @@ const FAILED: Verdict = Verdict::Failed { hold: None, halves: false };
 
 #[test]
 fn concurrency_is_earned_from_two_and_halved_by_timeouts() {
-    let mut schedule = one_endpoint(settings(), Limits { rate_per_second: 1e6, burst: 1_000, concurrency: 6 });
+    let mut schedule = one_endpoint(rules(), Limits { rate_per_second: 1e6, burst: 1_000, concurrency: 6 });
     for lane in 0..100 {
         append(&mut schedule, lane, 0, 0, 0);
     }
@@ -50,7 +50,7 @@ fn concurrency_is_earned_from_two_and_halved_by_timeouts() {
 
 #[test]
 fn a_down_endpoint_is_probed_one_at_a_time_untried_lanes_first() {
-    let mut schedule = one_endpoint(settings(), Limits { rate_per_second: 1e6, burst: 1_000, concurrency: 6 });
+    let mut schedule = one_endpoint(rules(), Limits { rate_per_second: 1e6, burst: 1_000, concurrency: 6 });
     for lane in 0..3 {
         append(&mut schedule, lane, 0, 0, 0);
     }
@@ -91,7 +91,7 @@ fn a_down_endpoint_is_probed_one_at_a_time_untried_lanes_first() {
 
 #[test]
 fn retry_after_holds_the_whole_endpoint_and_counts_as_no_attempt() {
-    let one = Settings { max_attempts: 1, ..settings() };
+    let one = Rules { max_attempts: 1, ..rules() };
     let mut schedule = one_endpoint(one, limits());
     for lane in 0..2 {
         append(&mut schedule, lane, 0, 0, 0);
@@ -106,7 +106,7 @@ fn retry_after_holds_the_whole_endpoint_and_counts_as_no_attempt() {
 
 #[test]
 fn what_had_ended_before_a_crash_is_not_given_up_with_its_endpoint() {
-    let mut schedule = Schedule::new(settings());
+    let mut schedule = Schedule::new(rules());
     schedule.backlog.open(0, 0);
     let all = append(&mut schedule, 1, 0, 0, 0);
     let some: Vec<Handle> = (0..3).map(|_| append(&mut schedule, 2, 0, 0, 0)).collect();
@@ -121,7 +121,7 @@ fn what_had_ended_before_a_crash_is_not_given_up_with_its_endpoint() {
 
 #[test]
 fn a_journal_that_cannot_be_read_just_now_changes_nothing_of_a_push_but_when_it_goes() {
-    let one = Settings { max_attempts: 1, ..settings() };
+    let one = Rules { max_attempts: 1, ..rules() };
     let mut schedule = one_endpoint(one, limits());
     let events: Vec<Handle> = (0..2).map(|_| append(&mut schedule, 1, 0, 0, 0)).collect();
     let start = schedule.next(0).unwrap();
@@ -144,7 +144,7 @@ fn a_journal_that_cannot_be_read_just_now_changes_nothing_of_a_push_but_when_it_
 #[test]
 fn events_withdrawn_in_flight_may_lose_their_segment_before_the_report() {
     for verdict in [Verdict::Delivered, FAILED, Verdict::Again, Verdict::Gone] {
-        let mut schedule = one_endpoint(settings(), limits());
+        let mut schedule = one_endpoint(rules(), limits());
         let events: Vec<Handle> = (0..2).map(|_| append(&mut schedule, 1, 0, 0, 0)).collect();
         let start = schedule.next(0).unwrap();
         assert_eq!(start.events, events);
@@ -167,7 +167,7 @@ fn events_withdrawn_in_flight_may_lose_their_segment_before_the_report() {
 
 #[test]
 fn what_an_operator_gives_up_in_flight_is_given_up_also_when_the_attempt_gives_its_own_up() {
-    let mut schedule = one_endpoint(settings(), limits());
+    let mut schedule = one_endpoint(rules(), limits());
     let events: Vec<Handle> = (0..3).map(|_| append(&mut schedule, 1, 0, 0, 0)).collect();
     let start = schedule.next(0).unwrap();
     assert_eq!(schedule.bury(start.lane, false), 3);
@@ -183,7 +183,7 @@ fn what_an_operator_gives_up_in_flight_is_given_up_also_when_the_attempt_gives_i
 
 #[test]
 fn a_refused_push_is_sent_singly_and_only_the_refused_event_dies() {
-    let mut schedule = one_endpoint(settings(), limits());
+    let mut schedule = one_endpoint(rules(), limits());
     let events: Vec<Handle> = (0..3).map(|_| append(&mut schedule, 1, 0, 0, 0)).collect();
     let mut now = 0;
     let mut buried = Vec::new();
@@ -219,7 +219,7 @@ fn a_refused_push_is_sent_singly_and_only_the_refused_event_dies() {
 
 #[test]
 fn refusals_without_any_other_success_give_nothing_up() {
-    let mut schedule = one_endpoint(settings(), limits());
+    let mut schedule = one_endpoint(rules(), limits());
     append(&mut schedule, 1, 0, 0, 0);
     let mut now = 0;
     for _ in 0..100 {
@@ -232,7 +232,7 @@ fn refusals_without_any_other_success_give_nothing_up() {
 
 #[test]
 fn too_old_events_die_after_a_failure_and_the_rest_of_the_push_goes_on() {
-    let short = Settings { max_age_s: 10, ..settings() };
+    let short = Rules { max_age_s: 10, ..rules() };
     let mut schedule = one_endpoint(short, limits());
     let old = append(&mut schedule, 1, 0, 0, 0);
     let young = append(&mut schedule, 1, 0, 5, 0);
@@ -247,7 +247,7 @@ fn too_old_events_die_after_a_failure_and_the_rest_of_the_push_goes_on() {
 
 #[test]
 fn a_removed_endpoint_gives_its_events_up_in_steps() {
-    let mut schedule = one_endpoint(settings(), limits());
+    let mut schedule = one_endpoint(rules(), limits());
     for _ in 0..200 {
         append(&mut schedule, 1, 0, 0, 0);
     }
@@ -266,7 +266,7 @@ fn a_removed_endpoint_gives_its_events_up_in_steps() {
 
 #[test]
 fn what_is_given_up_at_one_endpoint_does_not_wait_for_a_large_burial_at_another() {
-    let mut schedule = one_endpoint(settings(), limits());
+    let mut schedule = one_endpoint(rules(), limits());
     schedule.put_endpoint(name(1), limits(), 0);
     for lane in 0..1_000 {
         append(&mut schedule, 10 + lane, 0, 0, 0);
@@ -281,7 +281,7 @@ fn what_is_given_up_at_one_endpoint_does_not_wait_for_a_large_burial_at_another(
 
 #[test]
 fn events_that_were_withdrawn_before_a_crash_do_not_come_back_with_those_before_them() {
-    let mut schedule = one_endpoint(settings(), limits());
+    let mut schedule = one_endpoint(rules(), limits());
     let events: Vec<Handle> = (0..5).map(|_| append(&mut schedule, 1, 0, 0, 0)).collect();
     schedule.settled_before(LaneKey(1), &events[2..4], 0);
     assert_eq!(schedule.events_of(LaneKey(1)), [events[0], events[1], events[4]]);
@@ -293,7 +293,7 @@ fn events_that_were_withdrawn_before_a_crash_do_not_come_back_with_those_before_
 
 #[test]
 fn a_thousand_hanging_endpoints_leave_a_well_one_its_turn() {
-    let mut schedule = Schedule::new(Settings { max_in_flight: 1_500, ..settings() });
+    let mut schedule = Schedule::new(Rules { max_in_flight: 1_500, ..rules() });
     schedule.backlog.open(0, 0);
     for endpoint in 0..1_001 {
         schedule.put_endpoint(name(endpoint), limits(), 0);

@@ -31,7 +31,7 @@ pub(super) struct Admission {
     pub rules: Rules,
     pub ids: Ids,
     pub cache: StateCache,
-    /// What operators set, all of it.
+    /// What operators set and receivers asked for, all of it.
     pub settings: BTreeMap<String, String>,
     pub nonces: Nonces,
     pub pending: Vec<Request>,

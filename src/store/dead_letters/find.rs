@@ -8,6 +8,7 @@ use std::path::Path;
 use super::file::{ENTRY, Entry};
 use super::{CHUNK, DeadLetters, LetterFilter, LetterId};
 use crate::domain::endpoint::EndpointName;
+use crate::store::disk::dead_dir;
 use crate::store::segment::{self, Frame};
 
 impl DeadLetters {
@@ -72,7 +73,7 @@ impl DeadLetters {
 
     /// Reads a letter at an offset of its file, without holding anything.
     pub(in crate::store) fn read(dir: &Path, id: LetterId, offset: u32) -> io::Result<Option<Frame>> {
-        match File::open(segment::path(&dir.join("dead"), id.file)) {
+        match File::open(segment::path(&dead_dir(dir), id.file)) {
             Ok(file) => segment::read_frame(&file, id.file, offset),
             // Expired meanwhile.
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::*;
-use crate::domain::outcome::DeathReason;
+use crate::domain::verdict::DeathReason;
 
 fn letter(seq: u64, endpoint: u64, buried_ms: u64) -> Dead<'static> {
     Dead {

@@ -50,15 +50,15 @@ impl Copying {
         // Most of what would be copied will soon be gone, and its room with it.
         let is_shrinking = rows < self.rows_before * SHRINKING;
         self.rows_before = rows;
-        let is_large = bytes >= inner.settings.queue_bytes_min;
+        let is_large = bytes >= inner.options.queue_bytes_min;
         let is_empty = rows * self.overhead * COPY_RATIO < bytes as f64;
-        let has_room = inner.free_bytes.load(Ordering::Relaxed) > inner.settings.free_min.saturating_add(bytes);
+        let has_room = inner.free_bytes.load(Ordering::Relaxed) > inner.options.free_min.saturating_add(bytes);
         let is_early = clock::monotonic() < self.not_before;
         if self.is_on || is_early || is_shrinking || !is_large || !is_empty || !has_room {
             return;
         }
         self.is_on = true;
-        if let Err(error) = queue.begin_copy(&inner.settings.dir) {
+        if let Err(error) = queue.begin_copy(&inner.options.dir) {
             inner.failed("queue", &error);
         }
     }
@@ -73,12 +73,12 @@ impl Copying {
             self.is_on = false;
             self.not_before = clock::monotonic() + COPY_AGAIN;
             let number = inner.queue_number.load(Ordering::Relaxed);
-            if let Err(error) = queue::remove_others(&inner.settings.dir, number) {
+            if let Err(error) = queue::remove_others(&inner.options.dir, number) {
                 inner.failed("queue", &error);
             }
             return false;
         };
-        match queue.copy_some(&inner.settings.dir, COPY_ROWS) {
+        match queue.copy_some(&inner.options.dir, COPY_ROWS) {
             Ok(None) => true,
             Ok(Some(copy)) => {
                 let (before, after) = (queue.file_bytes(), copy.file_bytes());
@@ -113,7 +113,7 @@ impl Copying {
             Some((queue, _)) => {
                 drop(queue);
                 let number = inner.queue_number.load(Ordering::Relaxed);
-                queue::remove_others(&inner.settings.dir, number)
+                queue::remove_others(&inner.options.dir, number)
             }
             None => Ok(()),
         }

@@ -5,9 +5,9 @@
 //! error sled is opened again and the rest is applied.
 
 mod copying;
+mod room;
 
 use std::collections::HashSet;
-use std::io;
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -19,10 +19,8 @@ use super::applier::{Applier, advance};
 use super::checkpoint::{Checkpoint, Live, SegmentMark};
 use super::compact;
 use super::dead_letters::DeadMark;
-use super::journal::{SPARE, SPARE_NEW};
 use super::open_queue;
-use super::queue::{Queue, QueueError};
-use super::segment;
+use super::queue::QueueError;
 use super::state_log::StateLog;
 use super::{Inner, Notice, Position, Refusal, Snapshot, disk, lock, state};
 use crate::clock;
@@ -176,14 +174,6 @@ impl<'a> Keeper<'a> {
         }
     }
 
-    /// What a checkpoint frees is worth more than what is held ready.
-    fn make_room(&mut self, error: &QueueError) {
-        if error.is_no_space() {
-            disk::release_reserve(&self.inner.settings.dir);
-            self.is_full = true;
-        }
-    }
-
     /// An error of sled's: what was half done is done again after it is opened anew.
     fn give_up(&mut self, error: &QueueError) {
         self.make_room(error);
@@ -215,7 +205,7 @@ impl<'a> Keeper<'a> {
             && (durable.segment > self.last.segment + 1
                 || (durable.segment == self.last.segment
                     && u64::from(durable.offset - self.last.offset.min(durable.offset)) > CHECKPOINT_BYTES));
-        let is_old = since >= self.inner.settings.checkpoint_every;
+        let is_old = since >= self.inner.options.checkpoint_every;
         let is_new =
             self.copying.is_replaced() || !self.empty_before.is_empty() || lock(&self.inner.writer).end() != self.last;
         self.applier.is_some() && (far || is_old) && is_new
@@ -224,16 +214,16 @@ impl<'a> Keeper<'a> {
     /// Everything that is done once a second.
     fn tick(&mut self) {
         let inner = self.inner;
-        let free = disk::free_bytes(&inner.settings.dir).unwrap_or(u64::MAX);
+        let free = disk::free_bytes(&inner.options.dir).unwrap_or(u64::MAX);
         inner.free_bytes.store(free, Ordering::Relaxed);
-        let is_low = free < inner.settings.free_min;
+        let is_low = free < inner.options.free_min;
         let was_low = std::mem::replace(&mut lock(&inner.admission).is_disk_low, is_low);
         if is_low != was_low {
-            tracing::warn!(free, floor = inner.settings.free_min, is_low, "free space of the data directory");
+            tracing::warn!(free, floor = inner.options.free_min, is_low, "free space of the data directory");
         }
         if !is_low {
             if !self.is_full {
-                disk::keep_reserve(&inner.settings.dir);
+                disk::keep_reserve(&inner.options.dir);
             }
             self.prepare_spare();
         }
@@ -258,7 +248,7 @@ impl<'a> Keeper<'a> {
             }
             Err(error) => inner.failed("expire", &error),
         }
-        let forget_after_s = inner.settings.rules.forget_after_s;
+        let forget_after_s = inner.options.rules.forget_after_s;
         self.commit_rows(|customer| is_trusted && customer.is_forgotten(now_ms / 1_000, forget_after_s));
     }
 
@@ -288,21 +278,6 @@ impl<'a> Keeper<'a> {
             if let Err(error) = swept {
                 self.failed("queue", &error);
             }
-        }
-    }
-
-    /// Creates the next segment's file ahead, so that beginning it costs no allocation.
-    fn prepare_spare(&self) {
-        let dir = disk::journal_dir(&self.inner.settings.dir);
-        let spare = dir.join(SPARE);
-        if spare.exists() {
-            return;
-        }
-        let new = dir.join(SPARE_NEW);
-        let made = segment::create(&new, u64::from(self.inner.settings.segment_bytes))
-            .and_then(|_| std::fs::rename(&new, &spare));
-        if let Err(error) = made {
-            self.inner.failed("allocate", &error);
         }
     }
 
@@ -345,7 +320,7 @@ impl<'a> Keeper<'a> {
             applier.write_gone(&mut dead)?;
             dead.sync_gone()?;
         }
-        applier.renew_state_log(&queue, &inner.settings.dir)?;
+        applier.renew_state_log(&queue, &inner.options.dir)?;
         applier.commit(&queue)?;
         applier.state_log.sync()?;
         queue.flush()?;
@@ -377,7 +352,7 @@ impl<'a> Keeper<'a> {
             dead: self.dead_before.clone().up_to_file_of(&dead_mark),
             queue: queue.number(),
         };
-        checkpoint.write(&inner.settings.dir)?;
+        checkpoint.write(&inner.options.dir)?;
         self.last = end;
         self.is_full = false;
         self.dead_before = dead_mark;
@@ -385,39 +360,13 @@ impl<'a> Keeper<'a> {
         let before = std::mem::replace(&mut self.covered, active);
         self.remove(&queue, &freed)?;
         // What the checkpoint before this one names stays, should this one be damaged.
-        StateLog::remove_before(&inner.settings.dir, self.log_before)?;
+        StateLog::remove_before(&inner.options.dir, self.log_before)?;
         self.log_before = checkpoint.state_log;
         self.copying.checkpointed(inner)?;
         // Should this checkpoint be damaged, the one before it knows the offsets of its segments.
         let below = before.min(active);
         let gone: HashSet<u64> = freed.into_iter().chain(empty).collect();
         compact::compact(inner, &queue, (&snapshot, below), &gone, &mut self.uncompactable)?;
-        Ok(())
-    }
-
-    fn remove(&self, queue: &Queue, freed: &[u64]) -> Result<(), QueueError> {
-        let dir = disk::journal_dir(&self.inner.settings.dir);
-        for number in freed {
-            let (slot, generation) = {
-                let segments = self.inner.segments.read().unwrap_or_else(PoisonError::into_inner);
-                let generation = segments.by_number(*number).map_or(0, |file| file.generation);
-                (segments.slots.get(number).copied(), generation)
-            };
-            match std::fs::remove_file(segment::path(&dir, *number)) {
-                // It was removed before sled failed.
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                other => other?,
-            }
-            queue.remove_blocks(*number, generation)?;
-            if let Some(slot) = slot {
-                // Told before the slot can be used again.
-                drop(self.inner.notices.blocking_send(Notice::SegmentRemoved(slot)));
-            }
-            self.inner.segments.write().unwrap_or_else(PoisonError::into_inner).remove(*number);
-        }
-        if !freed.is_empty() {
-            segment::sync_dir(&dir)?;
-        }
         Ok(())
     }
 }

@@ -33,7 +33,7 @@ fn who_is_forgotten_takes_no_name_along_that_has_gone_to_another() {
     let mut play = Play::new(1, dir.path().to_owned(), |_| ());
     let store = play.store();
     let named = Hearing { customer_token: Some("n".to_owned()), ..Hearing::default() };
-    let (then, now) = (1_000, 1_000 + 2 * settings(dir.path()).rules.forget_after_s);
+    let (then, now) = (1_000, 1_000 + 2 * options(dir.path()).rules.forget_after_s);
     play.wait_for(store.change_customer(Plugin::NONE, "former", &named, false, then)).unwrap();
     // The former one has not been heard of for so long that it is as good as forgotten.
     play.wait_for(store.change_customer(Plugin::NONE, "holder", &named, false, now)).unwrap();
@@ -60,7 +60,7 @@ fn a_damaged_checkpoint_loses_and_repeats_nothing() {
         std::fs::write(&path, bytes).unwrap();
         let (tell, _notices) = mpsc::channel(1_024);
         let (metrics, mut schedule) = (Metrics::new(10).unwrap(), empty_schedule());
-        let opened = Store::open(settings(dir.path()), metrics.store.clone(), &mut schedule, |_, _| (), tell);
+        let opened = Store::open(options(dir.path()), metrics.store.clone(), &mut schedule, |_, _| (), tell);
         let (store, threads) = opened.unwrap();
         let damage = |what| metrics.store.damage.with_label_values(&[what]).get();
         assert_eq!((damage("checkpoint"), damage("journal"), damage("queue")), (1, 0, 0), "seed {seed}");

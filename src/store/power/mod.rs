@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use super::model::{LANES, Play, Told, empty_schedule, names, settings, waiting};
+use super::model::{LANES, Play, Told, empty_schedule, names, options, waiting};
 use super::*;
 use crate::metrics::Metrics;
 
@@ -195,7 +195,7 @@ fn check(steps: &[Step], unsynced: Unsynced, dir: &Path) -> Result<(), String> {
     // As many as come before anybody listens.
     let (tell, notices) = mpsc::channel(1_024);
     let metrics = Metrics::new(10).unwrap();
-    let opened = Store::open(settings(dir), metrics.store.clone(), &mut schedule, |_, _| (), tell);
+    let opened = Store::open(options(dir), metrics.store.clone(), &mut schedule, |_, _| (), tell);
     let (store, threads) = opened.map_err(|error| format!("it does not open: {error}"))?;
     let waiting: Vec<Vec<u64>> =
         waiting(&schedule, &store).values().map(|ids| ids.iter().map(|id| number(id)).collect()).collect();

@@ -27,14 +27,14 @@ use super::admission::Admission;
 use super::applier::{Applier, RetryRow};
 use super::checkpoint::Checkpoint;
 use super::dead_letters::{DeadLetters, DeadMark};
-use super::disk::{RESERVE_BYTES, free_bytes, journal_dir, release_reserve};
+use super::disk::{RESERVE_BYTES, dead_dir, free_bytes, journal_dir, release_reserve};
 use super::ids::Ids;
 use super::journal::{SegmentFile, Writer};
 use super::keeper::Keeper;
 use super::open_queue::Opener;
 use super::queue::{self, ID_ROW, Queue, QueueError};
 use super::segment;
-use super::{Ending, Inner, Note, Notice, Position, SEGMENT_BYTES, Segments, Settings, Store, Threads};
+use super::{Ending, Inner, Note, Notice, Options, Position, SEGMENT_BYTES, Segments, Store, Threads};
 use crate::clock;
 use crate::domain::keys::{EventKey, HashKey, LaneKey};
 use crate::domain::schedule::Schedule;
@@ -61,7 +61,7 @@ pub enum OpenError {
 
 /// What is handed from step to step.
 struct Opening<'a> {
-    settings: &'a Settings,
+    options: &'a Options,
     metrics: &'a StoreMetrics,
     identity: [u8; 32],
     hashing: HashKey,
@@ -78,20 +78,20 @@ impl Store {
     /// # Errors
     /// The directory cannot be used.
     pub fn open(
-        settings: Settings,
+        options: Options,
         metrics: StoreMetrics,
         schedule: &mut Schedule,
         prepare: impl FnOnce(&BTreeMap<String, String>, &mut Schedule),
         notices: mpsc::Sender<Notice>,
     ) -> Result<(Store, Threads), OpenError> {
-        let dir = settings.dir.clone();
+        let dir = options.dir.clone();
         let io_error = |path: &Path| {
             let path = path.to_owned();
             move |error| OpenError::Io { path, error }
         };
         let journal = journal_dir(&dir);
         // What is in it is for nobody else: messages, and what operators have set.
-        for path in [&dir, &journal, &dir.join("dead")] {
+        for path in [&dir, &journal, &dead_dir(&dir)] {
             std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(io_error(path))?;
         }
         // Their names too are to be there after a power cut.
@@ -111,7 +111,7 @@ impl Store {
             );
         }
         let mut opening = Opening {
-            settings: &settings,
+            options: &options,
             metrics: &metrics,
             identity: [0; 32],
             hashing: HashKey::of([0; 32]),
@@ -147,7 +147,7 @@ impl Store {
             .map_or(1, |found| found.number + 1)
             .max(opening.checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.position.segment + 1));
         let previous = last.map(|found| (found.number, found.end));
-        let mut admission = Admission::new(settings.rules, ids);
+        let mut admission = Admission::new(options.rules, ids);
         for view in schedule.endpoints() {
             admission.count_waiting(view.name, view.events);
         }
@@ -157,12 +157,12 @@ impl Store {
         }
         let identity = opening.identity;
         let free = free_bytes(&dir).map_err(io_error(&dir))?;
-        admission.is_disk_low = free < settings.free_min;
+        admission.is_disk_low = free < options.free_min;
         let inner = Arc::new(Inner {
             identity,
             admission: Mutex::new(admission),
             work: Condvar::new(),
-            writer: Mutex::new(Writer::new(journal, identity, settings.segment_bytes, next_number, previous)),
+            writer: Mutex::new(Writer::new(journal, identity, options.segment_bytes, next_number, previous)),
             segments: RwLock::new(segments),
             durable: Mutex::new(applier.position()),
             durable_moved: Condvar::new(),
@@ -180,9 +180,9 @@ impl Store {
             free_bytes: AtomicU64::new(free),
             _lock: lock,
             metrics,
-            settings,
+            options,
         });
-        if inner.settings.is_relaying && schedule.events() > 0 {
+        if inner.options.is_relaying && schedule.events() > 0 {
             inner.begin_segment();
         }
         let threads = start_threads(&inner, applier).map_err(io_error(&dir))?;
@@ -217,13 +217,13 @@ fn take_lock(dir: &Path) -> Result<File, OpenError> {
 impl Opening<'_> {
     /// Opens sled, or builds it anew, and brings its rows up to the end of the journal.
     fn open_queue(&self) -> Result<(Arc<Queue>, Applier), OpenError> {
-        let dir = &self.settings.dir;
+        let dir = &self.options.dir;
         let named = self.checkpoint.as_ref().map(|checkpoint| checkpoint.queue);
         // A copy that a checkpoint which is damaged named is better than none.
         let number = named.filter(|number| queue::path(dir, *number).exists()).unwrap_or_else(|| queue::highest(dir));
         queue::remove_others(dir, number).map_err(|error| OpenError::Io { path: dir.clone(), error })?;
         let opener = Opener {
-            settings: self.settings,
+            options: self.options,
             metrics: self.metrics,
             checkpoint: self.checkpoint.as_ref(),
             hashing: self.hashing,
@@ -265,7 +265,7 @@ impl Opening<'_> {
     }
 
     fn load_ids(&self, queue: &Queue, next_id: u64) -> Ids {
-        let rules = &self.settings.rules;
+        let rules = &self.options.rules;
         let mut ids = Ids::new(rules.dedupe_max, rules.dedupe_window_s);
         let first_row = next_id.saturating_sub(rules.dedupe_max as u64) / ID_ROW as u64;
         ids.start_at(first_row * ID_ROW as u64, (next_id - first_row * ID_ROW as u64) as usize);
@@ -290,8 +290,8 @@ impl Opening<'_> {
     fn open_dead(&self, schedule: &mut Schedule) -> io::Result<DeadLetters> {
         let none = DeadMark::default();
         let mark = self.checkpoint.as_ref().map_or(&none, |checkpoint| &checkpoint.dead);
-        let dir = self.settings.dir.join("dead");
-        let limits = (self.settings.dead_keep_s, self.settings.dead_max);
+        let dir = dead_dir(&self.options.dir);
+        let limits = (self.options.dead_keep_s, self.options.dead_max);
         let (letters, found) = DeadLetters::open(dir, mark, self.hashing, limits)?;
         self.metrics.damaged("dead_letters", found.damaged);
         for (endpoint, lane, seq) in found.events {

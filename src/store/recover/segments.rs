@@ -42,7 +42,7 @@ fn is_left_behind(name: &OsStr) -> bool {
 impl Opening<'_> {
     /// Lists the segments, removes those that a checkpoint had freed, and finds where each ends.
     pub(super) fn find_segments(&mut self) -> io::Result<()> {
-        let dir = journal_dir(&self.settings.dir);
+        let dir = journal_dir(&self.options.dir);
         let mut numbers = Vec::new();
         for entry in std::fs::read_dir(&dir)? {
             let entry = entry?;

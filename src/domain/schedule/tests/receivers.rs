@@ -4,7 +4,7 @@ use super::*;
 
 #[test]
 fn a_wave_of_429_holds_the_endpoint_for_one_delay() {
-    let mut schedule = one_endpoint(settings(), Limits { rate_per_second: 1e6, burst: 1_000, concurrency: 6 });
+    let mut schedule = one_endpoint(rules(), Limits { rate_per_second: 1e6, burst: 1_000, concurrency: 6 });
     for lane in 0..20 {
         append(&mut schedule, lane, 0, 0, 0);
     }
@@ -25,7 +25,7 @@ fn a_wave_of_429_holds_the_endpoint_for_one_delay() {
 
 #[test]
 fn another_receiver_at_the_same_name_begins_anew() {
-    let mut schedule = one_endpoint(settings(), Limits { rate_per_second: 1e6, burst: 1_000, concurrency: 6 });
+    let mut schedule = one_endpoint(rules(), Limits { rate_per_second: 1e6, burst: 1_000, concurrency: 6 });
     for lane in 0..20 {
         append(&mut schedule, lane, 0, 0, 0);
     }
@@ -51,7 +51,7 @@ fn what_comes_of_attempts_at_an_old_address_is_not_held_against_the_new_one() {
         Verdict::Throttled(Some(Duration::from_secs(3_600))),
         Verdict::Failed { hold: Some(Duration::from_secs(3_600)), halves: true },
     ];
-    let mut schedule = one_endpoint(settings(), limits);
+    let mut schedule = one_endpoint(rules(), limits);
     for lane in 0..30 {
         append(&mut schedule, lane, 0, 0, 0);
     }
@@ -80,7 +80,7 @@ fn what_comes_of_attempts_at_an_old_address_is_not_held_against_the_new_one() {
 
 #[test]
 fn a_wait_of_nothing_is_none() {
-    let mut schedule = one_endpoint(settings(), limits());
+    let mut schedule = one_endpoint(rules(), limits());
     append(&mut schedule, 1, 0, 0, 0);
     let start = schedule.next(0).unwrap();
     let outcome = schedule.reported(start.lane, 1, Verdict::Throttled(Some(Duration::ZERO)), at(0));

@@ -1,4 +1,4 @@
-//! As many connections as there may be. When places run short, connections that have been without a request for longest
+//! As many connections as there may be. When seats run short, connections that have been without a request for longest
 //! make room; when all are busy, some close after the answer they are at. So idle, dripping and flooding clients, however
 //! many, keep nobody out.
 
@@ -12,15 +12,15 @@ use tokio::time::timeout;
 
 use crate::clock;
 
-/// One place in so many is kept free for who comes next.
+/// One seat in so many is kept free for who comes next.
 const SPARE_SHARE: usize = 8;
 /// How long a connection that is to make room waits for a request that may be on its way.
 const GRACE: Duration = Duration::from_millis(15);
 /// How long those that are to make room may take, before others are asked.
 const ASK_AGAIN: Duration = Duration::from_millis(50);
 
-/// The places of one listener.
-pub(super) struct Places {
+/// The seats of one listener.
+pub(super) struct Seats {
     free: Arc<Semaphore>,
     /// How many are to be free or on their way to be.
     spare: usize,
@@ -32,10 +32,10 @@ pub(super) struct Places {
 #[derive(Default)]
 struct Taken {
     next: u64,
-    seats: HashMap<u64, Arc<Seat>>,
+    seats: HashMap<u64, Arc<Sitting>>,
 }
 
-struct Seat {
+struct Sitting {
     /// Since when there is no request, microseconds of [`clock::micros`]; [`BUSY`] while there is one.
     idle_since: AtomicU64,
     is_wanted: AtomicBool,
@@ -45,10 +45,10 @@ struct Seat {
 
 const BUSY: u64 = u64::MAX;
 
-impl Places {
+impl Seats {
     /// `max` at once, at least one.
-    pub(super) fn new(max: usize) -> Arc<Places> {
-        Arc::new(Places {
+    pub(super) fn new(max: usize) -> Arc<Seats> {
+        Arc::new(Seats {
             free: Arc::new(Semaphore::new(max)),
             spare: max.div_ceil(SPARE_SHARE),
             leaving: AtomicUsize::new(0),
@@ -56,8 +56,8 @@ impl Places {
         })
     }
 
-    /// Waits for a place.
-    pub(super) async fn take(self: &Arc<Places>) -> Place {
+    /// Waits for a seat.
+    pub(super) async fn take(self: &Arc<Seats>) -> Seat {
         let permit = loop {
             self.make_room();
             if let Ok(Ok(permit)) = timeout(ASK_AGAIN, Arc::clone(&self.free).acquire_owned()).await {
@@ -66,7 +66,7 @@ impl Places {
             // Those that were asked take their time.
             self.leaving.store(0, Ordering::Relaxed);
         };
-        let seat = Arc::new(Seat {
+        let seat = Arc::new(Sitting {
             idle_since: AtomicU64::new(clock::micros()),
             is_wanted: AtomicBool::new(false),
             wanted: Notify::new(),
@@ -77,7 +77,7 @@ impl Places {
         taken.next += 1;
         taken.seats.insert(number, Arc::clone(&seat));
         drop(taken);
-        Place { places: Arc::clone(self), seat, number, _permit: permit }
+        Seat { seats: Arc::clone(self), seat, number, _permit: permit }
     }
 
     fn make_room(&self) {
@@ -89,7 +89,7 @@ impl Places {
         let mut stayers: Vec<(u64, u64)> =
             stays.map(|(number, seat)| (seat.idle_since.load(Ordering::Relaxed), *number)).collect();
         let idle = stayers.iter().filter(|(since, _)| *since != BUSY).count();
-        // When there is no place at all many go, busy ones too, each after an answer: so all have their turn.
+        // When there is no seat at all many go, busy ones too, each after an answer: so all have their turn.
         let leavers = if free > 0 { idle.min(short) } else { stayers.len().div_ceil(2) };
         if leavers < stayers.len() {
             stayers.select_nth_unstable(leavers);
@@ -107,15 +107,15 @@ impl Places {
     }
 }
 
-/// A connection's place.
-pub(super) struct Place {
-    places: Arc<Places>,
-    seat: Arc<Seat>,
+/// A connection's seat.
+pub(super) struct Seat {
+    seats: Arc<Seats>,
+    seat: Arc<Sitting>,
     number: u64,
     _permit: OwnedSemaphorePermit,
 }
 
-impl Place {
+impl Seat {
     /// A request is being served.
     pub(super) fn begin(&self) {
         self.seat.idle_since.store(BUSY, Ordering::Relaxed);
@@ -129,7 +129,7 @@ impl Place {
         self.seat.idle_since.store(clock::micros(), Ordering::Relaxed);
     }
 
-    /// Waits until another connection wants the place.
+    /// Waits until another connection wants the seat.
     pub(super) async fn wanted(&self) {
         self.seat.wanted.notified().await;
     }
@@ -138,24 +138,24 @@ impl Place {
         self.seat.is_wanted.load(Ordering::Relaxed)
     }
 
-    /// Whether there is a request still to be answered, or comes within the grace. From here on this place is one of
+    /// Whether there is a request still to be answered, or comes within the grace. From here on this seat is one of
     /// those that are to be free.
     pub(super) async fn last_request(&self) -> bool {
         if !self.seat.is_wanted.swap(true, Ordering::Relaxed) {
-            self.places.leaving.fetch_add(1, Ordering::Relaxed);
+            self.seats.leaving.fetch_add(1, Ordering::Relaxed);
         }
         let is_busy = self.seat.idle_since.load(Ordering::Relaxed) == BUSY;
         is_busy || timeout(GRACE, self.seat.begun.notified()).await.is_ok()
     }
 }
 
-impl Drop for Place {
+impl Drop for Seat {
     fn drop(&mut self) {
-        self.places.taken().seats.remove(&self.number);
+        self.seats.taken().seats.remove(&self.number);
         if self.is_wanted() {
             let left = |leaving: usize| Some(leaving.saturating_sub(1));
             // Never an error: there is always a next value.
-            self.places.leaving.fetch_update(Ordering::Relaxed, Ordering::Relaxed, left).ok();
+            self.seats.leaving.fetch_update(Ordering::Relaxed, Ordering::Relaxed, left).ok();
         }
     }
 }

@@ -33,7 +33,7 @@ impl Inner {
             Ok(()) => {}
             Err(error) => {
                 // Room for just this is held ready.
-                disk::release_reserve(&self.settings.dir);
+                disk::release_reserve(&self.options.dir);
                 if let Err(error) = writer.write_owed() {
                     self.failed("append", &error);
                 }

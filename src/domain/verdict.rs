@@ -21,7 +21,7 @@ pub enum Report {
     Connect,
     /// No TLS session, or a certificate that is not trusted.
     Tls,
-    /// Every address of the host is forbidden.
+    /// Every address of the host is forbidden, or http is.
     BlockedAddress,
     /// The connection was reset, closed, or spoke no HTTP.
     Io,
@@ -39,7 +39,7 @@ pub enum AttemptResult {
     Ok,
     /// A refusal.
     Refused,
-    /// Any other non-2xx.
+    /// Any other non-2xx, or a survey's 2xx with a code other than 1000.
     ErrorStatus,
     /// No head in time.
     Timeout,
