@@ -133,11 +133,12 @@ impl Writer {
     }
 
     /// Whether the next group, of so many records, belongs into a new segment. One that only waits for what was written
-    /// before does not: there may be no room for a segment.
+    /// before does not, or late: there may be no room for a segment.
     pub(super) fn wants_roll(&self, records: usize) -> bool {
         let is_full =
             |active: &Active| active.len >= self.segment_bytes || active.events as usize + records >= PLACES_MAX - 1;
-        self.active.as_ref().is_none_or(|active| records > 0 && is_full(active))
+        let is_overfull = |active: &Active| active.len / 4 >= self.segment_bytes;
+        self.active.as_ref().is_none_or(|active| records > 0 && is_full(active) || is_overfull(active))
     }
 
     /// Seals the active segment and begins the next.
@@ -339,7 +340,7 @@ mod tests {
     #[test]
     fn a_group_without_records_begins_no_segment_while_there_is_one() {
         let dir = tempfile::tempdir().unwrap();
-        let mut writer = Writer::new(dir.path().to_owned(), [7; 32], 10, 1, None);
+        let mut writer = Writer::new(dir.path().to_owned(), [7; 32], 60, 1, None);
         assert!(writer.wants_roll(0), "there is none");
         writer.roll(&mut Segments::default()).unwrap();
         assert!(writer.wants_roll(1), "it is full already");

@@ -206,9 +206,13 @@ impl<'a> Keeper<'a> {
                 || (durable.segment == self.last.segment
                     && u64::from(durable.offset - self.last.offset.min(durable.offset)) > CHECKPOINT_BYTES));
         let is_old = since >= self.inner.options.checkpoint_every;
-        let is_new =
-            self.copying.is_replaced() || !self.empty_before.is_empty() || lock(&self.inner.writer).end() != self.last;
-        self.applier.is_some() && (far || is_old) && is_new
+        let is_new = || {
+            self.copying.is_replaced()
+                || !self.empty_before.is_empty()
+                || lock(&self.inner.writer).end() != self.last
+                || lock(&self.inner.dead).mark() != self.dead_before
+        };
+        self.applier.is_some() && (far || is_old) && is_new()
     }
 
     /// Everything that is done once a second.

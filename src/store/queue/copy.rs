@@ -51,7 +51,8 @@ impl Queue {
         let found: Vec<(sled::IVec, sled::IVec)> =
             guarded(|| Ok(self.db.range::<&[u8], _>(more).take(rows).collect::<Result<_, _>>()?))?;
         for (key, row) in &found {
-            guarded(|| Ok(copy.to.db.insert(key, row)?))?;
+            // What is wrong with the copy says nothing of this one.
+            guarded(|| Ok(copy.to.db.insert(key, row)?)).map_err(std::io::Error::other)?;
         }
         if let Some((key, _)) = found.last() {
             copy.last = key.to_vec();
@@ -60,7 +61,6 @@ impl Queue {
             *copying = Some(copy);
             return Ok(None);
         }
-        // Of no use, which says nothing of this one.
         copy.to.flush().map_err(std::io::Error::other)?;
         let to = path(dir, copy.to.number);
         std::fs::File::create(to.join(WHOLE))?;

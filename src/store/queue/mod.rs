@@ -346,6 +346,7 @@ impl Queue {
     }
 
     /// Every nonce, with until when it is to be remembered.
+    /// Ascending by their ends.
     pub(in crate::store) fn nonces(&self) -> Result<Vec<(u128, u64)>, QueueError> {
         guarded(|| {
             let mut all = Vec::new();

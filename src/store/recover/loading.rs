@@ -16,8 +16,8 @@ use crate::store::queue::{BLOCK_EVENTS, IndexEntry, Queue, QueueError};
 use crate::store::segment::{self, Frame};
 use crate::store::{Position, Segments};
 
-/// Events that a start withdraws, by sequence number, with their lanes.
-pub(super) type Withdrawn = HashMap<u64, LaneKey>;
+/// Events that have ended without a record that says so, by sequence number, with their lanes.
+pub(super) type Unrecorded = HashMap<u64, LaneKey>;
 
 /// One segment on its way into the schedule.
 pub(super) struct Loading<'a> {
@@ -29,7 +29,7 @@ pub(super) struct Loading<'a> {
 }
 
 impl Loading<'_> {
-    fn is_covered(&self, offset: u32) -> bool {
+    pub(super) fn is_covered(&self, offset: u32) -> bool {
         Position { segment: self.found.number, offset } < self.covered
     }
 
@@ -37,17 +37,14 @@ impl Loading<'_> {
     /// missing.
     pub(super) fn load_covered(
         &self,
-        queue: &Queue,
+        rows: Result<Vec<IndexEntry>, QueueError>,
         schedule: &mut Schedule,
         metrics: &StoreMetrics,
     ) -> io::Result<()> {
-        if !self.is_covered(0) {
-            return Ok(());
-        }
         let waits = self.found.waits.as_ref().map(Live::unpack);
         // A segment that the checkpoint does not list: only with an older checkpoint. All of it waits.
         let waits = |seq: u64| waits.as_ref().is_none_or(|waits| waits(seq - first_seq(self.found.number)));
-        match self.index_rows(queue) {
+        match rows {
             Ok(rows) => {
                 for entry in rows.iter().filter(|entry| self.is_covered(entry.offset)) {
                     self.add(schedule, entry, waits(entry.seq));
@@ -74,29 +71,6 @@ impl Loading<'_> {
         Ok(())
     }
 
-    fn index_rows(&self, queue: &Queue) -> Result<Vec<IndexEntry>, QueueError> {
-        let mut rows = Vec::new();
-        for block in 0.. {
-            match queue.block(self.found.number, self.found.generation, block)? {
-                Some(entries) => {
-                    let is_last = entries.len() < BLOCK_EVENTS;
-                    rows.extend(entries);
-                    if is_last {
-                        break;
-                    }
-                }
-                None => break,
-            }
-        }
-        // What waits beyond the rows' end would be lost: then the rows are not to be believed.
-        let places = self.found.waits.as_ref().map(Live::highest).unwrap_or_default();
-        let indexed = rows.last().map_or(0, |last| last.seq - first_seq(self.found.number) + 1);
-        if places > indexed {
-            return Err(QueueError::Damaged("index rows are missing"));
-        }
-        Ok(rows)
-    }
-
     /// Adds what came after the checkpoint, and takes out what ended after it. A customer who was switched off or
     /// forgotten is not pushed to: `withdrawn` has the events of which no record says how they ended, for want of it at a
     /// crash.
@@ -104,7 +78,7 @@ impl Loading<'_> {
         &self,
         schedule: &mut Schedule,
         hashing: &HashKey,
-        withdrawn: &mut Withdrawn,
+        withdrawn: &mut Unrecorded,
     ) -> io::Result<()> {
         let from = if self.is_covered(0) {
             if self.covered.segment != self.found.number {
@@ -172,6 +146,30 @@ impl Loading<'_> {
             schedule.backlog.settle(handle);
         }
     }
+}
+
+/// The index rows of a segment.
+pub(super) fn index_rows(found: &Found, queue: &Queue) -> Result<Vec<IndexEntry>, QueueError> {
+    let mut rows = Vec::new();
+    for block in 0.. {
+        match queue.block(found.number, found.generation, block)? {
+            Some(entries) => {
+                let is_last = entries.len() < BLOCK_EVENTS;
+                rows.extend(entries);
+                if is_last {
+                    break;
+                }
+            }
+            None => break,
+        }
+    }
+    // What waits beyond the rows' end would be lost: then the rows are not to be believed.
+    let places = found.waits.as_ref().map(Live::highest).unwrap_or_default();
+    let indexed = rows.last().map_or(0, |last| last.seq - first_seq(found.number) + 1);
+    if places > indexed {
+        return Err(QueueError::Damaged("index rows are missing"));
+    }
+    Ok(rows)
 }
 
 /// The customer whose waiting events a change withdraws.

@@ -21,7 +21,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 
 pub(super) use self::loading::index_entry;
-use self::loading::{Loading, Withdrawn};
+use self::loading::{Loading, Unrecorded, index_rows};
 use self::segments::Found;
 use super::admission::Admission;
 use super::applier::{Applier, RetryRow};
@@ -134,11 +134,11 @@ impl Store {
         let set: BTreeMap<String, String> = queue.settings().map_err(remembered)?.into_iter().collect();
         prepare(&set, schedule);
         let mut segments = Segments::default();
-        let withdrawn = opening.load(&queue, schedule, &mut segments).map_err(io_error(&journal))?;
+        let mut withdrawn = opening.load(&queue, schedule, &mut segments).map_err(io_error(&journal))?;
         tracing::debug!(elapsed = ?begun.elapsed(), "what waits is loaded");
         let ids = opening.load_ids(&queue, applier.next_id());
         tracing::debug!(elapsed = ?begun.elapsed(), "idempotency keys loaded");
-        let mut dead = opening.open_dead(schedule).map_err(io_error(&dir))?;
+        let (mut dead, buried) = opening.open_dead(schedule, &mut withdrawn).map_err(io_error(&dir))?;
         // What the rest of the journal said is gone.
         applier.write_gone(&mut dead).map_err(io_error(&dir))?;
         opening.restore_retries(&queue, schedule, &segments);
@@ -152,7 +152,8 @@ impl Store {
             admission.count_waiting(view.name, view.events);
         }
         admission.settings = set;
-        for (key, until_s) in queue.nonces().map_err(remembered)? {
+        // The row of an earlier use may have come back with a crash: the last one counts.
+        for (key, until_s) in queue.nonces().map_err(remembered)?.into_iter().rev() {
             admission.nonces.take(key, until_s, 0);
         }
         let identity = opening.identity;
@@ -187,9 +188,23 @@ impl Store {
         }
         let threads = start_threads(&inner, applier).map_err(io_error(&dir))?;
         let store = Store { inner };
-        store.note(withdrawn);
+        store.note(ended(withdrawn, buried));
         Ok((store, threads))
     }
+}
+
+/// What is to be noted of events that have ended, a note for each lane. What was tried of them is found to be over when it
+/// is restored.
+fn ended(withdrawn: Unrecorded, buried: Unrecorded) -> Vec<Note> {
+    let mut notes = Vec::new();
+    for (events, ending) in [(withdrawn, Ending::Withdrawn), (buried, Ending::Buried)] {
+        let mut lanes: BTreeMap<LaneKey, Vec<u64>> = BTreeMap::new();
+        for (seq, lane) in events {
+            lanes.entry(lane).or_default().push(seq);
+        }
+        notes.extend(lanes.into_iter().map(|(lane, seqs)| Note::Settled { lane, ending, retry_is_over: false, seqs }));
+    }
+    notes
 }
 
 fn start_threads(inner: &Arc<Inner>, applier: Applier) -> io::Result<Threads> {
@@ -240,28 +255,36 @@ impl Opening<'_> {
     }
 
     /// Fills the schedule: from the index rows up to the checkpoint, from the journal itself after it.
-    /// Answers what is to be noted of it.
-    fn load(&self, queue: &Queue, schedule: &mut Schedule, segments: &mut Segments) -> io::Result<Vec<Note>> {
-        let mut withdrawn = Withdrawn::new();
+    /// Answers what is yet to be recorded as withdrawn.
+    fn load(&self, queue: &Queue, schedule: &mut Schedule, segments: &mut Segments) -> io::Result<Unrecorded> {
+        let mut withdrawn = Unrecorded::new();
         let covered = self.checkpoint.as_ref().map_or(Position::default(), |checkpoint| checkpoint.position);
-        for found in &self.found {
-            let slot = segments.free_slot().ok_or(io::Error::from(io::ErrorKind::StorageFull))?;
-            let (number, generation) = (found.number, found.generation);
-            segments.add(slot, SegmentFile { number, generation, file: Arc::clone(&found.file) });
-            segments.ends.insert(found.number, found.end);
-            schedule.backlog.open(slot, found.number);
-            let loading = Loading { found, slot, covered, segments };
-            loading.load_covered(queue, schedule, self.metrics)?;
-            loading.replay(schedule, &self.hashing, &mut withdrawn)?;
-            schedule.backlog.seal(slot);
-        }
-        let mut lanes: BTreeMap<LaneKey, Vec<u64>> = BTreeMap::new();
-        for (seq, lane) in withdrawn {
-            lanes.entry(lane).or_default().push(seq);
-        }
-        // What was tried of them is found to be over when it is restored.
-        let note = |(lane, seqs)| Note::Settled { lane, ending: Ending::Withdrawn, retry_is_over: false, seqs };
-        Ok(lanes.into_iter().map(note).collect())
+        std::thread::scope(|scope| {
+            // The rows of a segment are read while those of the one before are taken.
+            let (read, rows) = std::sync::mpsc::sync_channel(0);
+            scope.spawn(move || {
+                let mut all = self.found.iter().filter(|found| found.number <= covered.segment);
+                // Until nobody takes them any more.
+                drop(all.try_for_each(|found| read.send(index_rows(found, queue))));
+            });
+            for found in &self.found {
+                let slot = segments.free_slot().ok_or(io::Error::from(io::ErrorKind::StorageFull))?;
+                let (number, generation) = (found.number, found.generation);
+                segments.add(slot, SegmentFile { number, generation, file: Arc::clone(&found.file) });
+                segments.ends.insert(found.number, found.end);
+                schedule.backlog.open(slot, found.number);
+                let loading = Loading { found, slot, covered, segments };
+                if loading.is_covered(0)
+                    && let Ok(rows) = rows.recv()
+                {
+                    loading.load_covered(rows, schedule, self.metrics)?;
+                }
+                loading.replay(schedule, &self.hashing, &mut withdrawn)?;
+                schedule.backlog.seal(slot);
+            }
+            Ok::<_, io::Error>(())
+        })?;
+        Ok(withdrawn)
     }
 
     fn load_ids(&self, queue: &Queue, next_id: u64) -> Ids {
@@ -286,23 +309,29 @@ impl Opening<'_> {
         ids
     }
 
-    /// Opens the dead letters. An event that is among those written last is buried, whatever the journal says.
-    fn open_dead(&self, schedule: &mut Schedule) -> io::Result<DeadLetters> {
+    /// Opens the dead letters. An event that is among those written last is buried, whatever the journal says; answers
+    /// those of which it says nothing.
+    fn open_dead(&self, schedule: &mut Schedule, withdrawn: &mut Unrecorded) -> io::Result<(DeadLetters, Unrecorded)> {
         let none = DeadMark::default();
         let mark = self.checkpoint.as_ref().map_or(&none, |checkpoint| &checkpoint.dead);
         let dir = dead_dir(&self.options.dir);
         let limits = (self.options.dead_keep_s, self.options.dead_max);
         let (letters, found) = DeadLetters::open(dir, mark, self.hashing, limits)?;
         self.metrics.damaged("dead_letters", found.damaged);
+        let mut buried = Unrecorded::new();
         for (endpoint, lane, seq) in found.events {
+            if withdrawn.remove(&seq).is_some() {
+                buried.insert(seq, lane);
+            }
             let slots: Vec<u16> = schedule.backlog.groups().map(|(slot, _)| slot).collect();
             let handle = slots.into_iter().find_map(|slot| schedule.backlog.find(slot, seq));
             if let Some(handle) = handle.filter(|handle| !schedule.backlog.is_settled(*handle)) {
                 tracing::debug!(%endpoint, seq, "was buried before the crash");
                 schedule.settled_before(lane, &[handle], 0);
+                buried.insert(seq, lane);
             }
         }
-        Ok(letters)
+        Ok((letters, buried))
     }
 
     fn restore_retries(&self, queue: &Queue, schedule: &mut Schedule, segments: &Segments) {
