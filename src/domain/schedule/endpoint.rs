@@ -115,6 +115,8 @@ pub(super) struct Endpoint {
     pub in_flight: u32,
     pub window: u32,
     pub successes: u64,
+    /// How many there had been when it became another receiver.
+    pub successes_elsewhere: u64,
     pub last_success: Option<u64>,
     pub held_until: u64,
     pub rate_limited_until: u64,
@@ -144,6 +146,7 @@ impl Endpoint {
             in_flight: 0,
             window: WINDOW_FIRST,
             successes: 0,
+            successes_elsewhere: 0,
             last_success: None,
             held_until: 0,
             rate_limited_until: 0,
@@ -238,6 +241,7 @@ impl Endpoint {
         self.window = WINDOW_FIRST;
         self.last_success = None;
         self.in_flight = 0;
+        self.successes_elsewhere = self.successes;
     }
 
     /// Notes a success. Says whether the endpoint was down and is up again.

@@ -155,13 +155,17 @@ impl Schedule {
     /// one, or that comes of the attempts in flight there.
     pub fn forget_failures(&mut self, name: EndpointName, now: u64) {
         let Some(id) = self.by_name.get(&name).copied() else { return };
+        self.forget_receiver(id);
+        self.retry_now(name, now);
+    }
+
+    fn forget_receiver(&mut self, id: u32) {
         for (lane, flight) in &mut self.flights {
             flight.is_outdated |= self.lanes.get(*lane).is_some_and(|lane| lane.endpoint == id);
         }
         if let Some(endpoint) = self.endpoint_mut(id) {
             endpoint.forget_failures();
         }
-        self.retry_now(name, now);
     }
 
     /// Takes a permit of an endpoint's rate for an attempt beside the lanes.
@@ -182,10 +186,10 @@ impl Schedule {
     /// Takes an endpoint away: what waits for it is given up as `endpoint_removed`.
     pub fn remove_endpoint(&mut self, name: EndpointName) {
         let id = self.endpoint_id(name);
+        self.forget_receiver(id);
         let Some(endpoint) = self.endpoint_mut(id) else { return };
         endpoint.limits = None;
         endpoint.held_until = 0;
-        endpoint.forget_failures();
         let mut waiting: Vec<LaneId> = endpoint.fresh.drain(..).chain(endpoint.tried.drain(..)).collect();
         waiting.extend(std::mem::take(&mut endpoint.timers).into_iter().map(|Reverse((_, lane))| lane));
         for lane in waiting {

@@ -250,9 +250,14 @@ impl Schedule {
     ) {
         let Some(lane) = self.lanes.get(lane_id).copied() else { return };
         let Some(endpoint) = self.endpoints.get(lane.endpoint as usize) else { return };
-        let (successes, is_down) = (endpoint.successes, endpoint.down.is_some());
+        let (successes, elsewhere, is_down) =
+            (endpoint.successes, endpoint.successes_elsewhere, endpoint.down.is_some());
         let first = Retry { mark: flight.mark, ..Retry::default() };
         let mut retry = self.lanes.retry(lane_id).copied().unwrap_or(first);
+        if retry.mark < elsewhere {
+            // What another receiver took and refused says nothing of this one.
+            retry = Retry { mark: elsewhere, own: 0, refusals: 0, ..retry };
+        }
         retry.tries = retry.tries.saturating_add(1);
         retry.fixed = taken;
         if !matches!(verdict, Verdict::Throttled(_)) && !flight.is_probe {

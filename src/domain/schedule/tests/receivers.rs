@@ -79,6 +79,27 @@ fn what_comes_of_attempts_at_an_old_address_is_not_held_against_the_new_one() {
 }
 
 #[test]
+fn what_another_receiver_took_gives_nothing_up_at_one_that_refuses_all() {
+    let mut schedule = one_endpoint(rules(), Limits { rate_per_second: 1e6, burst: 1_000, concurrency: 6 });
+    append(&mut schedule, 1, 0, 0, 0);
+    let start = schedule.next(0).unwrap();
+    schedule.reported(start.lane, 1, FAILED, at(0));
+    for lane in 2..9 {
+        append(&mut schedule, lane, 0, 0, 0);
+        let start = schedule.next(0).unwrap();
+        schedule.reported(start.lane, 1, Verdict::Delivered, at(0));
+    }
+    schedule.forget_failures(name(0), 0);
+    let mut now = 0;
+    for _ in 0..2 * rules().max_refusals {
+        let start = schedule.next(now).unwrap();
+        schedule.reported(start.lane, 1, Verdict::Refused, at(now));
+        assert!(schedule.next_bury().is_none(), "it has taken nothing yet");
+        now = schedule.wake_at().unwrap_or(now);
+    }
+}
+
+#[test]
 fn a_wait_of_nothing_is_none() {
     let mut schedule = one_endpoint(rules(), limits());
     append(&mut schedule, 1, 0, 0, 0);
