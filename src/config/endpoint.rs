@@ -51,6 +51,20 @@ pub struct Endpoint {
     pub client_cert: Option<ClientCert>,
 }
 
+impl Endpoint {
+    /// Whether its pushes go to the same address as the other's, and are the same in all that goes with them.
+    #[must_use]
+    pub fn is_same_receiver(&self, other: &Endpoint) -> bool {
+        // Keys are not to be looked at: the same ones sign the same.
+        let signed = |endpoint: &Endpoint| endpoint.signing.as_ref().map(|keys| keys.sign("", 0, b""));
+        let cert = |endpoint: &Endpoint| endpoint.client_cert.as_ref().map(|cert| Arc::as_ptr(&cert.0));
+        self.url == other.url
+            && self.headers == other.headers
+            && signed(self) == signed(other)
+            && cert(self) == cert(other)
+    }
+}
+
 /// A client certificate with its key.
 #[derive(Clone)]
 pub struct ClientCert(pub Arc<CertifiedKey>);

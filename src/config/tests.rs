@@ -225,6 +225,8 @@ fn push_addresses_are_what_will_be_connected_to() {
         "http://256.1.1.1/",
         "http://1.2.3.4.5/",
         "http://127.0.0.0.1/",
+        "https://2130706433/",
+        "https://127.0.0.1./",
         "http://[fe80::1%25eth0]/",
         "http://[::1/",
         "http://[::1]x/",

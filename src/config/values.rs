@@ -1,7 +1,7 @@
 //! The kinds of values in a config file, each checked where it is read.
 
 use std::fmt;
-use std::net::{Ipv6Addr, SocketAddr};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
@@ -90,14 +90,14 @@ impl FromStr for PushUrl {
             Some(authority) if authority.as_str().contains('@') => {
                 Err("a push address has no user name or password: use `headers`".to_owned())
             }
-            Some(authority) => check_host(authority.as_str()).map(|()| PushUrl(uri)),
+            Some(authority) => check_host(authority.as_str(), uri.scheme_str() == Some("https")).map(|()| PushUrl(uri)),
             None => Err("a push address needs a host".to_owned()),
         }
     }
 }
 
 /// Host and port as they are connected to: hyper takes a port that is none for the scheme's own.
-fn check_host(authority: &str) -> Result<(), String> {
+fn check_host(authority: &str, is_https: bool) -> Result<(), String> {
     let (host, port) = match authority.rsplit_once(':') {
         Some((host, port)) if !port.contains(']') => (host, Some(port)),
         _ => (authority, None),
@@ -119,7 +119,9 @@ fn check_host(authority: &str) -> Result<(), String> {
     // A last label of digits makes it an address (RFC 3696 §2).
     let is_address = labels().next_back().is_some_and(is_number);
     if is_address {
-        return address::literal(host).map(drop).ok_or_else(|| "a push address has no such IPv4 address".to_owned());
+        // TLS knows addresses in their plain form only.
+        let address = address::literal(host).filter(|_| !is_https || host.parse::<Ipv4Addr>().is_ok());
+        return address.map(drop).ok_or_else(|| "a push address has no such IPv4 address".to_owned());
     }
     let is_label = |label: &str| {
         (1..=63).contains(&label.len())

@@ -18,6 +18,7 @@ use crate::store::{Accepted, Reader, Stored};
 /// Whether an attempt has begun to send. A withdrawal that comes before ends it; one that comes after does not.
 #[derive(Debug)]
 pub(super) struct Stage {
+    pub(super) endpoint: EndpointName,
     at: AtomicU8,
     withdrawn: Notify,
 }
@@ -27,8 +28,8 @@ const SENDING: u8 = 1;
 const WITHDRAWN: u8 = 2;
 
 impl Stage {
-    pub(super) fn new() -> Stage {
-        Stage { at: AtomicU8::new(PREPARING), withdrawn: Notify::new() }
+    pub(super) fn new(endpoint: EndpointName) -> Stage {
+        Stage { endpoint, at: AtomicU8::new(PREPARING), withdrawn: Notify::new() }
     }
 
     pub(super) fn withdraw(&self) {

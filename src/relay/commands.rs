@@ -185,12 +185,13 @@ impl Relay {
             Command::Test(endpoint, reply) => self.test(endpoint, reply),
             Command::Configure(configure) => {
                 let Configure { endpoints, rule, reloaded, reply } = *configure;
+                let is_reload = reloaded.is_some();
                 if let Some((deliverer, rules, of_schedule)) = reloaded {
                     self.deliverer = deliverer.with_names_of(&self.deliverer);
                     self.rules = Arc::new(rules);
                     self.schedule.set_rules(of_schedule);
                 }
-                self.configure(&endpoints, &rule);
+                self.configure(&endpoints, &rule, is_reload);
                 reply.send(()).ok();
             }
             Command::Drain(reply) => {

@@ -50,6 +50,7 @@ const OWN_HEADERS: usize = 8;
 pub struct Target {
     /// As configured.
     pub endpoint: Endpoint,
+    pub(super) rule: Arc<UrlRule>,
     connector: HttpsConnector<Dialer>,
     host: Option<HeaderValue>,
     /// Path and query of its URL.
@@ -219,10 +220,10 @@ impl Deliverer {
             .with_tls_config(tls)
             .https_or_http()
             .enable_http1()
-            .wrap_connector(Dialer { resolver: Arc::clone(&self.resolver), rule });
+            .wrap_connector(Dialer { resolver: Arc::clone(&self.resolver), rule: Arc::clone(&rule) });
         let own = Arc::new(Semaphore::new(endpoint.limits.concurrency as usize));
         let may_keep = [own, Arc::clone(&self.may_keep)];
-        Target { endpoint, connector, host, path, idle: Mutex::new(Vec::new()), may_keep }
+        Target { endpoint, rule, connector, host, path, idle: Mutex::new(Vec::new()), may_keep }
     }
 
     /// Makes one attempt. `may_send` is asked right before the first byte; `None` if it says no. The body is held only

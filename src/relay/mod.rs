@@ -145,21 +145,35 @@ impl Relay {
             reap_at: 0,
             newest_slot: None,
         };
-        relay.configure(endpoints, rule);
+        relay.configure(endpoints, rule, false);
         relay
     }
 
-    /// Takes endpoints over: what is new is there, what is gone gives up what waits for it. Connections of before are
-    /// used no more, having been made under the old rule; attempts that have not begun to send begin again, by what is
-    /// configured now.
-    fn configure(&mut self, endpoints: &Endpoints, rule: &Arc<UrlRule>) {
+    /// Takes endpoints over: what is new is there, what is gone gives up what waits for it. Where anything of a push or
+    /// its rule is another, connections of before are used no more, and attempts that have not begun to send begin again.
+    fn configure(&mut self, endpoints: &Endpoints, rule: &Arc<UrlRule>, is_reload: bool) {
         let now = clock::micros();
-        let before = std::mem::take(&mut self.targets);
+        let mut before = std::mem::take(&mut self.targets);
+        let mut changed = HashSet::new();
+        let mut elsewhere = Vec::new();
         for endpoint in endpoints.values().flatten() {
-            self.schedule.put_endpoint(endpoint.name, endpoint.limits, now);
+            let name = endpoint.name;
+            self.schedule.put_endpoint(name, endpoint.limits, now);
             // Its series are there from the start.
-            drop(self.metrics_of(endpoint.name));
-            self.targets.insert(endpoint.name, Arc::new(self.deliverer.target(endpoint.clone(), rule)));
+            drop(self.metrics_of(name));
+            let new = Arc::new(self.deliverer.target(endpoint.clone(), rule));
+            let old = before.remove(&name);
+            let is_same = |old: &Arc<Target>| old.rule == new.rule && old.endpoint.is_same_receiver(&new.endpoint);
+            let same = old.as_ref().filter(|old| is_same(old));
+            if same.is_none() {
+                changed.insert(name);
+            }
+            if old.as_ref().is_some_and(|old| old.endpoint.url != new.endpoint.url) {
+                elsewhere.push(name);
+            }
+            // With a reload come other trusted certificates.
+            let kept = same.filter(|old| !is_reload && old.endpoint.limits == new.endpoint.limits).cloned();
+            self.targets.insert(name, kept.unwrap_or(new));
         }
         let gone: Vec<EndpointName> =
             self.schedule.endpoints().map(|view| view.name).filter(|name| !self.targets.contains_key(name)).collect();
@@ -167,13 +181,11 @@ impl Relay {
             self.schedule.remove_endpoint(name);
             self.seen.forget(name);
         }
-        self.stages.values().for_each(|stage| stage.withdraw());
-        for (name, old) in before {
-            let is_same_url = self.targets.get(&name).is_some_and(|new| new.endpoint.url == old.endpoint.url);
-            if !is_same_url {
-                self.schedule.forget_failures(name, now);
-                self.drop_hold(name);
-            }
+        changed.extend(before.keys());
+        self.stages.values().filter(|stage| changed.contains(&stage.endpoint)).for_each(|stage| stage.withdraw());
+        for name in elsewhere.into_iter().chain(before.into_keys()) {
+            self.schedule.forget_failures(name, now);
+            self.drop_hold(name);
         }
     }
 
@@ -319,7 +331,7 @@ impl Relay {
             return;
         };
         let events = self.records(&start.events);
-        let stage = Arc::new(Stage::new());
+        let stage = Arc::new(Stage::new(start.endpoint));
         self.stages.insert(start.lane, Arc::clone(&stage));
         let job = Job {
             lane: start.lane,

@@ -14,6 +14,8 @@ use std::time::Duration;
 use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
 
+use crate::domain::address;
+
 /// Look-ups at once.
 const LOOKUPS_MAX: usize = 32;
 /// How long anybody waits for a look-up that has begun.
@@ -113,7 +115,7 @@ impl Resolver {
     /// # Errors
     /// Why there are none.
     pub(super) async fn resolve(&self, host: &str) -> Result<Vec<IpAddr>, String> {
-        if let Ok(address) = host.parse() {
+        if let Some(address) = address::literal(host) {
             return Ok(vec![address]);
         }
         let (mut answer, before) = self.asked(host);

@@ -270,3 +270,17 @@ fn a_push_that_is_still_connecting_when_its_address_changes_goes_to_the_new_one(
     server.kill().unwrap();
     server.wait().unwrap();
 }
+
+#[test]
+fn changes_of_one_endpoint_leave_what_connects_to_another_alone() {
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let relay = Relay::start("[push]\nallow_networks = [\"127.0.0.0/8\"]\ntimeout = \"1s\"\n");
+    let put = |name: &str, url: String| relay.done("PUT", &format!("/v1/endpoints/{name}"), &json!({ "url": url }));
+    put("12", format!("https://{}/", silent.local_addr().unwrap()));
+    relay.queue(&event("a", "m"));
+    for number in 0..20 {
+        put("13", format!("http://127.0.0.1:9/{number}"));
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert!(relay.metric("h5push_push_attempts_total", &[("endpoint", "12"), ("result", "timeout")]) >= 1.0);
+}
