@@ -10,7 +10,7 @@
 //!                             │ Start (events of one lane)
 //!                         attempt: read, compose, deliverer ─> Report (what was seen)
 //!                         domain::verdict ─> Verdict  (what it means: the one table of statuses)
-//!                         domain::schedule ─> Outcome (what is to be recorded: delivered | deferred), Burial (given up)
+//!                         domain::schedule ─> ToRecord (delivered | deferred), Burial (given up)
 //!                             │ Note
 //!                         store::note (written behind the journal, before the lane's next push)
 //!

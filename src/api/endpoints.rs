@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use hyper::StatusCode;
 use serde::Serialize;
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 
 use super::answer::{self, Answer, ApiError, Code, error};
 use super::{ANSWER_LIMIT, Api};
@@ -109,8 +109,9 @@ pub(super) async fn put(api: &Api, name: EndpointName, body: &[u8]) -> Result<An
         let entry = Entry::put(body, all.get(&name), name, &config.defaults, &config.url_rule);
         let text = entry.and_then(|entry| entry.to_text());
         let text = text.map_err(|problem| error(Code::InvalidRequest, problem))?;
+        let room = api.room_for_change().await?;
         api.store.set(&format!("{PREFIX}{name}"), Some(text)).await?;
-        api.apply(config, None).await?;
+        api.apply(room, config, None).await?;
     }
     tracing::info!(endpoint = %name, "endpoint set by a call");
     show(api, name).await
@@ -127,8 +128,9 @@ pub(super) async fn delete(api: &Api, name: EndpointName) -> Result<Answer, ApiE
         let message = format!("name: no call has set {name}; what the config file says is changed there");
         return Err(error(Code::NotFound, message));
     }
+    let room = api.room_for_change().await?;
     api.store.set(&key, None).await?;
-    api.apply(api.config.load_full(), None).await?;
+    api.apply(room, api.config.load_full(), None).await?;
     tracing::info!(endpoint = %name, "endpoint deleted by a call");
     Ok(answer::json(StatusCode::OK, &Deleted { deleted: true }))
 }
@@ -153,17 +155,26 @@ impl Api {
     /// The relay does not answer.
     pub async fn reconfigure(&self, config: Arc<Config>, reloaded: Reloaded) -> Result<(), String> {
         let _changing = self.changes.lock().await;
-        self.apply(config, Some(reloaded)).await.map_err(|error| error.message)
+        let room = self.room_for_change().await.map_err(|error| error.message)?;
+        self.apply(room, config, Some(reloaded)).await.map_err(|error| error.message)
+    }
+
+    /// Room among the relay's questions: without it a change is not begun.
+    async fn room_for_change(&self) -> Result<mpsc::Permit<'_, Command>, ApiError> {
+        let room = tokio::time::timeout(ANSWER_LIMIT, self.relay.reserve()).await;
+        room.ok().and_then(Result::ok).ok_or_else(answer::busy)
     }
 
     /// Makes a config, and the endpoints that come of it, the ones of now. `changes` is held.
     ///
     /// # Errors
-    /// The relay does not answer: nothing has changed, or it goes by the new ones a little later.
-    pub(super) async fn apply(&self, config: Arc<Config>, reloaded: Option<Reloaded>) -> Result<(), ApiError> {
-        let Ok(Ok(room)) = tokio::time::timeout(ANSWER_LIMIT, self.relay.reserve()).await else {
-            return Err(answer::busy());
-        };
+    /// The relay does not answer: it goes by the new ones a little later.
+    async fn apply(
+        &self,
+        room: mpsc::Permit<'_, Command>,
+        config: Arc<Config>,
+        reloaded: Option<Reloaded>,
+    ) -> Result<(), ApiError> {
         let new = Arc::new(config.effective(&entries(&self.store.settings())));
         // First what goes, so that nothing is accepted for it any more; then the relay; then what is new, so that
         // nothing is accepted for it before the relay knows it.
