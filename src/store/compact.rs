@@ -94,7 +94,8 @@ fn rewrite(inner: &Inner, queue: &Queue, mark: &GroupMark) -> Result<bool, Queue
     // What is behind the end was given up, and is nothing that waits.
     let len = old.file.metadata()?.len() as u32;
     let end = end.map_or(len, |end| end.min(len));
-    let mut events: Vec<(IndexEntry, LaneKey)> = Vec::new();
+    let waiting = (0..mark.places as usize).filter(|place| mark.waits(*place)).count();
+    let mut events: Vec<IndexEntry> = Vec::with_capacity(waiting);
     let mut result = Ok(());
     segment::scan_synced(&old.file, mark.segment, 0, end, |frame| {
         if result.is_ok() {
@@ -102,7 +103,7 @@ fn rewrite(inner: &Inner, queue: &Queue, mark: &GroupMark) -> Result<bool, Queue
         }
     })?;
     result?;
-    if events.len() < (0..mark.places as usize).filter(|place| mark.waits(*place)).count() {
+    if events.len() < waiting {
         std::fs::remove_file(&temporary)?;
         return Ok(false);
     }
@@ -111,8 +112,7 @@ fn rewrite(inner: &Inner, queue: &Queue, mark: &GroupMark) -> Result<bool, Queue
     file.sync_all()?;
     // The last block is not full: there may be rows of a try that a crash cut off.
     for block in 0..=events.len() / BLOCK_EVENTS {
-        let entries = events.iter().skip(block * BLOCK_EVENTS).take(BLOCK_EVENTS);
-        let entries: Vec<IndexEntry> = entries.map(|(entry, _)| *entry).collect();
+        let entries: Vec<IndexEntry> = events.iter().skip(block * BLOCK_EVENTS).take(BLOCK_EVENTS).copied().collect();
         queue.put_block(mark.segment, generation, block as u32, &entries)?;
     }
     std::fs::rename(&temporary, segment::path(&dir, mark.segment))?;
@@ -132,7 +132,8 @@ fn rewrite(inner: &Inner, queue: &Queue, mark: &GroupMark) -> Result<bool, Queue
         return Ok(true);
     };
     let (done, told) = std::sync::mpsc::channel();
-    let events = events.iter().map(|(entry, lane)| (entry.seq, entry.offset, entry.len, *lane, entry.second)).collect();
+    let moved = |entry: IndexEntry| (entry.seq, entry.offset, entry.len, LaneKey(entry.lane), entry.second);
+    let events = events.into_iter().map(moved).collect();
     let compacted = Compacted { segment: mark.segment, old_slot, new_slot, events, done };
     drop(inner.notices.blocking_send(Notice::SegmentCompacted(compacted)));
     if told.recv().is_ok() {
@@ -152,14 +153,14 @@ struct Copy<'a> {
 }
 
 impl Copy<'_> {
-    fn keep(&mut self, frame: &Frame, mark: &GroupMark, events: &mut Vec<(IndexEntry, LaneKey)>) -> io::Result<()> {
+    fn keep(&mut self, frame: &Frame, mark: &GroupMark, events: &mut Vec<IndexEntry>) -> io::Result<()> {
         let Some(mut entry) = recover::index_entry(frame) else { return Ok(()) };
         let place = (entry.seq - first_seq(mark.segment)) as usize;
         if !mark.waits(place) {
             return Ok(());
         }
         entry.offset = (self.written + self.buffer.len() as u64) as u32;
-        events.push((entry, LaneKey(entry.lane)));
+        events.push(entry);
         self.push(entry.seq, frame.body())
     }
 
