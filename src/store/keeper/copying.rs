@@ -16,8 +16,9 @@ const COPY_ROWS: usize = 500;
 const COPY_RATIO: f64 = 2.0;
 /// How much larger than its rows a file of sled's is when it has just been written, until a copy has shown it.
 const OVERHEAD: f64 = 2.0;
-/// No copy is begun while from one look to the next, a second later, less than this share of the rows is left.
-const SHRINKING: f64 = 0.99;
+/// No copy is begun while from one look to the next, a second later, less than this share of the rows is left: a tenth
+/// of them would be gone in a minute, and while a backlog is drained memory is wanted elsewhere.
+const SHRINKING: f64 = 0.998;
 /// How long no copy is begun after one that failed.
 const COPY_AGAIN: Duration = Duration::from_secs(600);
 
