@@ -274,9 +274,8 @@ impl Opening<'_> {
                 segments.ends.insert(found.number, found.end);
                 schedule.backlog.open(slot, found.number);
                 let loading = Loading { found, slot, covered, segments };
-                if loading.is_covered(0)
-                    && let Ok(rows) = rows.recv()
-                {
+                if loading.is_covered(0) {
+                    let rows = rows.recv().map_err(io::Error::other)?;
                     loading.load_covered(rows, schedule, self.metrics)?;
                 }
                 loading.replay(schedule, &self.hashing, &mut withdrawn)?;
