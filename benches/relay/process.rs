@@ -59,8 +59,7 @@ impl Relay {
         let child = Command::new(env!("CARGO_BIN_EXE_h5push-relay"))
             .arg("--config")
             .arg(dir.path().join("config.toml"))
-            // As systemd/h5push-relay.service has it.
-            // As the unit sets them.
+            // As systemd/h5push-relay.service sets them.
             .env("MALLOC_ARENA_MAX", "2")
             .env("MALLOC_MMAP_THRESHOLD_", "262144")
             .env("MALLOC_TRIM_THRESHOLD_", "4194304")

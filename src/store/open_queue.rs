@@ -92,15 +92,16 @@ impl Opener<'_> {
             return Err(QueueError::Damaged("it is older than the checkpoint"));
         }
         let state_log = StateLog::open(&self.options.dir, &at)?;
-        if self.is_suspect {
-            queue.read_through()?;
-        }
         // What a start reads besides must be whole too.
         queue.settings()?;
         queue.nonces()?;
         let mut applier = Applier::resume(&queue, at, state_log, Position::default(), self.applier_settings())?;
         apply_rest(&queue, &mut applier)?;
         applier.commit(&queue)?;
+        // Last: where the disk is full it does not come to this, and all of it is not read at every try.
+        if self.is_suspect {
+            queue.read_through()?;
+        }
         Ok((Arc::new(queue), applier))
     }
 
