@@ -19,6 +19,9 @@ use crate::store::{Position, Segments};
 /// Events that have ended without a record that says so, by sequence number, with their lanes.
 pub(super) type Unrecorded = HashMap<u64, LaneKey>;
 
+/// Events whose lanes are looked up together.
+const EXPECTED: usize = 64;
+
 /// One segment on its way into the schedule.
 pub(super) struct Loading<'a> {
     pub(super) found: &'a Found,
@@ -46,8 +49,11 @@ impl Loading<'_> {
         let waits = |seq: u64| waits.as_ref().is_none_or(|waits| waits(seq - first_seq(self.found.number)));
         match rows {
             Ok(rows) => {
-                for entry in rows.iter().filter(|entry| self.is_covered(entry.offset)) {
-                    self.add(schedule, entry, waits(entry.seq));
+                for some in rows.chunks(EXPECTED) {
+                    schedule.expect(some.iter().map(|entry| LaneKey(entry.lane)));
+                    for entry in some.iter().filter(|entry| self.is_covered(entry.offset)) {
+                        self.add(schedule, entry, waits(entry.seq));
+                    }
                 }
             }
             Err(error) => {
