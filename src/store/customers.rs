@@ -22,6 +22,7 @@ impl Store {
         must_exist: bool,
         now_s: u64,
     ) -> Result<Option<Customer>, Refusal> {
+        self.wait_for_rows().await?;
         let mut withdrawn = None;
         let decided = self.decided(|admission| {
             let (done, receiver) = oneshot::channel();
@@ -43,6 +44,7 @@ impl Store {
     /// # Errors
     /// Nothing was forgotten; or it was, and what waited is not known to be withdrawn durably: a start withdraws it.
     pub async fn forget(&self, plugin: Option<Plugin>, web_token: &str, now_s: u64) -> Result<(u64, u64), Refusal> {
+        self.wait_for_rows().await?;
         let plugins = match plugin {
             Some(plugin) => vec![plugin],
             None => self.plugins_of(web_token)?,

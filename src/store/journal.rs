@@ -93,6 +93,13 @@ pub(super) struct Writer {
 
 /// How often settlements that the disk does not take are tried again.
 const OWED_AGAIN: Duration = Duration::from_secs(1);
+/// Records that wait for the disk beyond which delays of lanes are not kept: there may be any number of them, and a start
+/// without them only tries sooner.
+const OWED_MAX: usize = 100_000;
+/// Of these, so many have room kept for them.
+const OWED_KEPT: usize = 1_000;
+/// Bytes of the buffer that are kept between groups.
+const BUFFER_KEPT: usize = 4 << 20;
 /// The next segment, created ahead.
 pub(super) const SPARE: &str = "spare";
 /// The next segment, while it is created.
@@ -240,8 +247,11 @@ impl Writer {
         }
         write_or_cut(&active.file, &self.buffer, start)?;
         active.len += self.buffer.len() as u32;
+        self.buffer.clear();
+        self.buffer.shrink_to(BUFFER_KEPT);
         active.events = count;
         self.owed.clear();
+        self.owed.shrink_to(OWED_KEPT);
         self.owes_until = Duration::ZERO;
         let end = Position { segment: active.number, offset: active.len };
         Ok(Written { events, end, file: Arc::clone(&active.file) })
@@ -266,11 +276,15 @@ impl Writer {
             // What was noted since the last sync, within the group or behind it, is noted again: twice does no harm.
             let mut noted = Vec::new();
             let keep = |frame: &segment::Frame| {
-                if matches!(Record::decode(frame.body()), Some(Record::Settled(_) | Record::Deferred(_))) {
+                let is_noted =
+                    matches!(Record::decode(frame.body()), Some(Record::Settled(_))) || is_deferred(frame.body());
+                if is_noted {
                     noted.push(frame.body().to_vec());
                 }
             };
-            if let Err(error) = segment::scan_synced(&active.file, active.number, active.synced, active.len, keep) {
+            if let Err(error) =
+                segment::scan_synced(&active.file, active.number, active.synced, u64::from(active.len), keep)
+            {
                 tracing::error!(%error, "what was noted last cannot be read back: pushes may repeat");
             }
             noted.append(&mut self.owed);
@@ -284,7 +298,8 @@ impl Writer {
     /// Writes records that need no sync of their own. What cannot be written is kept for the next write; without a
     /// segment they wait for one.
     pub(super) fn note(&mut self, bodies: Vec<Vec<u8>>) -> io::Result<()> {
-        self.owed.extend(bodies);
+        let is_crowded = self.owed.len() >= OWED_MAX;
+        self.owed.extend(bodies.into_iter().filter(|body| !is_crowded || !is_deferred(body)));
         // All of it is written at once: not at every turn while the disk takes nothing.
         if clock::monotonic() < self.owes_until { Ok(()) } else { self.write_owed() }
     }
@@ -307,7 +322,10 @@ impl Writer {
             return Err(error);
         }
         active.len += self.buffer.len() as u32;
+        self.buffer.clear();
+        self.buffer.shrink_to(BUFFER_KEPT);
         self.owed.clear();
+        self.owed.shrink_to(OWED_KEPT);
         Ok(())
     }
 }
@@ -317,6 +335,10 @@ impl Written {
     pub(super) fn sync(&self) -> io::Result<()> {
         self.file.sync_data()
     }
+}
+
+fn is_deferred(body: &[u8]) -> bool {
+    matches!(Record::decode(body), Some(Record::Deferred(_)))
 }
 
 /// Writes all, or leaves the file as it was.

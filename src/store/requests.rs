@@ -94,9 +94,9 @@ impl Store {
     /// # Errors
     /// It is not.
     pub fn sync(&self) -> impl Future<Output = Result<(), Refusal>> + Send + use<> {
-        let receiver = lock(&self.inner.admission).stage_sync();
-        self.inner.work.notify_all();
-        async move { receiver.await.unwrap_or(Err(Refusal::Stopping)) }
+        let ticket = lock(&self.inner.admission).stage_sync();
+        self.wake_writer();
+        async move { ticket.done.await.unwrap_or(Err(Refusal::Stopping)) }
     }
 
     pub(super) fn wake_writer(&self) {

@@ -35,13 +35,12 @@ impl Admission {
         }
         let rests = self.rests_on_undurable(plugin, web_token, hearing);
         let (after, changes) = self.hear(plugin, web_token, hearing, now_s);
-        let (done, receiver) = oneshot::channel();
-        let mut request = self.begin(done);
+        let (mut request, ticket) = self.begin();
         self.remember(changes, &mut request);
         if let Some(done) = withdraw.filter(|_| after.toggle == Toggle::Off) {
             request.withdraw.push(WithdrawCustomer { plugin, web_token: web_token.to_owned(), done });
         }
-        let ticket = self.stage(request, rests).then_some(Ticket { done: receiver });
+        let ticket = self.stage(request, ticket, rests);
         Ok(Step::Done(Some((after, ticket))))
     }
 
@@ -87,20 +86,19 @@ impl Admission {
         if !missing.is_empty() {
             return Ok(self.missing(missing));
         }
-        let (done, receiver) = oneshot::channel();
-        let mut request = self.begin(done);
+        let (mut request, ticket) = self.begin();
         for (plugin, changes) in all_changes {
             self.remember(changes, &mut request);
             let (web_token, done) = (web_token.to_owned(), withdraw());
             request.withdraw.push(WithdrawCustomer { plugin, web_token, done });
         }
-        let ticket = self.stage(request, false).then_some(Ticket { done: receiver });
+        let ticket = self.stage(request, ticket, false);
         Ok(Step::Done(ticket))
     }
 
     /// A customer that is remembered; the caller has seen to it that the row is here.
     pub(in crate::store) fn known(&mut self, plugin: Plugin, web_token: &str, now_s: u64) -> Option<Customer> {
-        let forget_after_s = self.rules.forget_after_s;
+        let (now_s, forget_after_s) = (self.aging(now_s), self.rules.forget_after_s);
         match self.cache.get(&StateKey::Customer(plugin, web_token.to_owned())) {
             Some(StateValue::Customer(Some(customer))) => {
                 Some(customer).filter(|customer| !customer.is_forgotten(now_s, forget_after_s)).map(|it| (**it).clone())

@@ -4,6 +4,7 @@
 //! the request changed here is put back.
 
 mod customers;
+mod letters;
 mod request;
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
@@ -13,17 +14,19 @@ use tokio::sync::oneshot;
 use self::request::Undo;
 pub(super) use self::request::{Changed, Judged, Replayed, Request, Staged, Step, Ticket};
 pub use self::request::{Post, Posted, Refusal, Rules, WithdrawCustomer};
-use super::codec::{Accepted, Record, StateChange};
-use super::dead_letters::LetterId;
+use super::Position;
+use super::codec::{Record, StateChange};
 use super::ids::Ids;
 use super::nonces::Nonces;
 use super::state::{StateCache, StateKey};
-use super::{Position, Replay};
-use crate::domain::customer::Toggle;
+use crate::clock;
 use crate::domain::endpoint::EndpointName;
 use crate::domain::event::Event;
 use crate::domain::gate::{self, Suppressed};
 use crate::domain::keys::EventKey;
+
+/// For how long after the keeper has looked at the clock, each second, it is taken to go on as time goes.
+const TRUSTED_FOR_S: u64 = 60;
 
 /// Everything that is decided before the 202.
 #[derive(Debug)]
@@ -37,6 +40,8 @@ pub(super) struct Admission {
     pub pending: Vec<Request>,
     pub is_stopping: bool,
     pub is_disk_low: bool,
+    /// The wall clock when it was last known not to have leapt, Unix seconds.
+    pub trusted_s: u64,
     /// The journal's thread sleeps: it is to be woken when something is staged.
     pub is_writer_idle: bool,
     undurable: HashSet<EventKey>,
@@ -45,7 +50,7 @@ pub(super) struct Admission {
     durable_ticket: u64,
     waiting: u64,
     waiting_by_endpoint: HashMap<EndpointName, u64>,
-    /// Where the journal ends after each request that the queue has not taken yet.
+    /// Where the journal ends after each request whose changes of customers the queue has not taken yet.
     unapplied: VecDeque<(Position, u64)>,
 }
 
@@ -60,6 +65,7 @@ impl Admission {
             pending: Vec::new(),
             is_stopping: false,
             is_disk_low: false,
+            trusted_s: clock::wall_ms() / 1_000,
             is_writer_idle: false,
             undurable: HashSet::new(),
             next_ticket: 1,
@@ -68,6 +74,11 @@ impl Admission {
             waiting_by_endpoint: HashMap::new(),
             unapplied: VecDeque::new(),
         }
+    }
+
+    /// The moment by which keys and customers are old: not one to which the clock has just leapt.
+    pub(super) fn aging(&self, now_s: u64) -> u64 {
+        if now_s.abs_diff(self.trusted_s) <= TRUSTED_FOR_S { now_s } else { self.trusted_s.min(now_s) }
     }
 
     /// Counts an event that waited before the start.
@@ -114,9 +125,8 @@ impl Admission {
             return Ok(self.missing(missing));
         }
         let now_s = now_ms / 1_000;
-        self.ids.expire(now_s);
-        let (done, receiver) = oneshot::channel();
-        let mut request = self.begin(done);
+        self.ids.expire(self.aging(now_s));
+        let (mut request, ticket) = self.begin();
         let rests = |event: &Event<'_>| self.rests_on_undurable(event.plugin, &event.web_token, &event.hearing);
         let rests = posts.iter().any(|post| post.endpoint.is_some() && rests(post.event));
         let mut posted = Vec::with_capacity(posts.len());
@@ -129,7 +139,7 @@ impl Admission {
             self.put_back(request);
             return Err(Refusal::OutboxFull);
         }
-        let ticket = self.stage(request, rests).then_some(Ticket { done: receiver });
+        let ticket = self.stage(request, ticket, rests);
         Ok(Step::Done(Judged { posted, ticket, fate_of }))
     }
 
@@ -171,7 +181,7 @@ impl Admission {
 
     fn append(&mut self, request: &mut Request, key: EventKey, event: Staged) {
         if let Staged::Event { endpoint, second, .. } = &event {
-            let before = self.ids.push(key, *second);
+            let before = self.ids.push(key, self.aging(u64::from(*second)) as u32);
             self.undurable.insert(key);
             self.count_waiting(*endpoint, 1);
             request.keys.push((key, before));
@@ -200,67 +210,9 @@ impl Admission {
         if self.waiting_by_endpoint.get(&endpoint).is_some_and(|count| *count >= events_max) {
             return Ok(None);
         }
-        let (done, receiver) = oneshot::channel();
-        let mut request = self.begin(done);
+        let (mut request, ticket) = self.begin();
         self.append(&mut request, key, event);
-        Ok(self.stage(request, false).then_some(Ticket { done: receiver }))
-    }
-
-    /// Stages dead letters that are put back, as far as their customers are not switched off and their endpoints not
-    /// full; answers which.
-    ///
-    /// # Errors
-    /// The request is refused, and nothing changed.
-    pub(super) fn replay(&mut self, replays: &[&Replay<'_>], now_s: u64) -> Result<Step<Replayed>, Refusal> {
-        self.check_open()?;
-        if self.is_disk_low {
-            return Err(Refusal::DiskLow);
-        }
-        if self.waiting + replays.len() as u64 > self.rules.events_max {
-            return Err(Refusal::OutboxFull);
-        }
-        let key = |event: &Accepted<'_>| StateKey::Customer(event.plugin, event.web_token.to_owned());
-        let of_customers = || replays.iter().filter(|replay| replay.event.endpoint != EndpointName::SURVEY);
-        let missing: HashSet<StateKey> =
-            of_customers().map(|replay| key(&replay.event)).filter(|key| self.cache.get(key).is_none()).collect();
-        if !missing.is_empty() {
-            return Ok(self.missing(missing));
-        }
-        let (done, receiver) = oneshot::channel();
-        let mut request = self.begin(done);
-        let mut replayed = Vec::new();
-        for Replay { id, event, events_max } in replays {
-            let is_off = event.endpoint != EndpointName::SURVEY
-                && self
-                    .known(event.plugin, event.web_token, now_s)
-                    .is_some_and(|customer| customer.toggle == Toggle::Off);
-            if is_off || self.waiting_by_endpoint.get(&event.endpoint).is_some_and(|count| count >= events_max) {
-                continue;
-            }
-            let record = Record::Accepted(event.clone()).encode();
-            let (lane, endpoint, second) = (event.lane, event.endpoint, now_s as u32);
-            self.append(&mut request, event.key, Staged::Event { record, lane, endpoint, second });
-            replayed.push(*id);
-        }
-        if !replayed.is_empty() {
-            request.staged.push(Staged::Other(Record::Gone(replayed.clone()).encode()));
-        }
-        let ticket = self.stage(request, false).then_some(Ticket { done: receiver });
-        Ok(Step::Done((replayed, ticket)))
-    }
-
-    /// Stages that dead letters are gone.
-    ///
-    /// # Errors
-    /// The request is refused, and nothing changed.
-    pub(super) fn stage_gone(&mut self, ids: &[LetterId]) -> Result<Option<Ticket>, Refusal> {
-        self.check_open()?;
-        let (done, receiver) = oneshot::channel();
-        let mut request = self.begin(done);
-        if !ids.is_empty() {
-            request.staged.push(Staged::Other(Record::Gone(ids.to_vec()).encode()));
-        }
-        Ok(self.stage(request, false).then_some(Ticket { done: receiver }))
+        Ok(self.stage(request, ticket, false))
     }
 
     /// Stages a setting.
@@ -273,12 +225,11 @@ impl Admission {
             Some(value) => self.settings.insert(key.to_owned(), value),
             None => self.settings.remove(key),
         };
-        let (done, receiver) = oneshot::channel();
-        let mut request = self.begin(done);
+        let (mut request, ticket) = self.begin();
         request.undo.push(Undo::Setting { key: key.to_owned(), before });
         let change = StateChange::Setting { key: key.to_owned(), value };
         request.staged.push(Staged::Other(Record::State(change).encode()));
-        Ok(self.stage(request, false).then_some(Ticket { done: receiver }))
+        Ok(self.stage(request, ticket, false))
     }
 
     /// Uses a nonce up; `None` when it was used before, or too many are remembered.
@@ -290,11 +241,10 @@ impl Admission {
         if !self.nonces.take(key, until_s, now_s) {
             return Ok(None);
         }
-        let (done, receiver) = oneshot::channel();
-        let mut request = self.begin(done);
+        let (mut request, ticket) = self.begin();
         request.undo.push(Undo::Nonce(key));
         request.staged.push(Staged::Other(Record::State(StateChange::Nonce { key, until_s }).encode()));
-        Ok(self.stage(request, false).then_some(Ticket { done: receiver }))
+        Ok(self.stage(request, ticket, false))
     }
 
     /// What became of an event whose duplicate waits: `None` while it is not known.
@@ -321,6 +271,9 @@ impl Admission {
         }
         if let Some(last) = requests.last() {
             self.durable_ticket = last.ticket;
+        }
+        let is_change = |request: &&Request| request.undo.iter().any(|undo| matches!(undo, Undo::State(_)));
+        if let Some(last) = requests.iter().rev().find(is_change) {
             self.unapplied.push_back((end, last.ticket));
         }
     }
@@ -336,11 +289,10 @@ impl Admission {
     }
 
     /// Stages a request that only waits for what was written before.
-    pub(super) fn stage_sync(&mut self) -> oneshot::Receiver<Result<(), Refusal>> {
-        let (done, receiver) = oneshot::channel();
-        let request = self.begin(done);
+    pub(super) fn stage_sync(&mut self) -> Ticket {
+        let (request, ticket) = self.begin();
         self.pending.push(request);
-        receiver
+        ticket
     }
 
     fn missing<T>(&self, keys: impl IntoIterator<Item = StateKey>) -> Step<T> {
@@ -355,10 +307,11 @@ impl Admission {
         if self.is_stopping { Err(Refusal::Stopping) } else { Ok(()) }
     }
 
-    fn begin(&mut self, done: oneshot::Sender<Result<(), Refusal>>) -> Request {
+    fn begin(&mut self) -> (Request, Ticket) {
+        let (done, answer) = oneshot::channel();
         let ticket = self.next_ticket;
         self.next_ticket += 1;
-        Request {
+        let request = Request {
             ticket,
             staged: Vec::new(),
             withdraw: Vec::new(),
@@ -366,17 +319,18 @@ impl Admission {
             keys: Vec::new(),
             endpoints: Vec::new(),
             undo: Vec::new(),
-        }
+        };
+        (request, Ticket { done: answer })
     }
 
-    /// Hands a request on; says whether there is anything to wait for. `rests`: it was decided by what another request has
+    /// Hands a request on; `None`: there is nothing to wait for. `rests`: it was decided by what another request has
     /// changed and is not durable yet, and is as true as that.
-    fn stage(&mut self, request: Request, rests: bool) -> bool {
+    fn stage(&mut self, request: Request, ticket: Ticket, rests: bool) -> Option<Ticket> {
         let has_work = rests || !request.staged.is_empty() || !request.withdraw.is_empty();
-        if has_work {
+        has_work.then(|| {
             self.pending.push(request);
-        }
-        has_work
+            ticket
+        })
     }
 
     fn put_back(&mut self, request: Request) -> oneshot::Sender<Result<(), Refusal>> {
@@ -396,5 +350,28 @@ impl Admission {
             self.uncount(endpoint, 1);
         }
         request.done
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::keys::LaneKey;
+
+    #[test]
+    fn a_clock_that_has_leapt_makes_nothing_old() {
+        let rules =
+            Rules { require_h5push: false, forget_after_s: 600, events_max: 10, dedupe_window_s: 600, dedupe_max: 10 };
+        let mut admission = Admission::new(rules, Ids::new(10, 600));
+        admission.trusted_s = 10_000;
+        for (now_s, aging) in [(9_990, 9_990), (10_060, 10_060), (10_061, 10_000), (5_000_000, 10_000), (10, 10)] {
+            assert_eq!(admission.aging(now_s), aging, "{now_s}");
+        }
+        let event =
+            |second| Staged::Event { record: Vec::new(), lane: LaneKey(1), endpoint: EndpointName::DEFAULT, second };
+        let (mut request, _ticket) = admission.begin();
+        admission.append(&mut request, 1, event(10_000));
+        admission.append(&mut request, 2, event(5_000_000));
+        assert!(admission.ids.contains(1) && admission.ids.contains(2));
     }
 }

@@ -242,6 +242,9 @@ impl<'a> Keeper<'a> {
         }
         let now_ms = clock::wall_ms();
         let is_trusted = self.trusts_the_clock();
+        if is_trusted {
+            lock(&inner.admission).trusted_s = now_ms / 1_000;
+        }
         let expired = lock(&inner.dead).expire(if is_trusted { now_ms } else { 0 });
         match expired {
             Ok(gone) => {
@@ -290,11 +293,11 @@ impl<'a> Keeper<'a> {
     /// says what has ended, and may free the room for it.
     fn sync_notes(&self) {
         let inner = self.inner;
-        let mut done = lock(&inner.admission).stage_sync();
+        let mut ticket = lock(&inner.admission).stage_sync();
         inner.work.notify_all();
         let deadline = clock::monotonic() + SNAPSHOT_LIMIT;
         loop {
-            match done.try_recv() {
+            match ticket.done.try_recv() {
                 // Closed: the journal's thread has ended, and what is noted is read back at the next start.
                 Ok(_) | Err(oneshot::error::TryRecvError::Closed) => return,
                 Err(oneshot::error::TryRecvError::Empty) => {}

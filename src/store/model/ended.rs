@@ -33,13 +33,28 @@ fn who_is_forgotten_takes_no_name_along_that_has_gone_to_another() {
     let mut play = Play::new(1, dir.path().to_owned(), |_| ());
     let store = play.store();
     let named = Hearing { customer_token: Some("n".to_owned()), ..Hearing::default() };
-    let (then, now) = (1_000, 1_000 + 2 * options(dir.path()).rules.forget_after_s);
+    let now = crate::clock::wall_ms() / 1_000;
+    let then = now - 2 * options(dir.path()).rules.forget_after_s;
     play.wait_for(store.change_customer(Plugin::NONE, "former", &named, false, then)).unwrap();
     // The former one has not been heard of for so long that it is as good as forgotten.
     play.wait_for(store.change_customer(Plugin::NONE, "holder", &named, false, now)).unwrap();
     play.wait_for(store.forget(Some(Plugin::NONE), "former", now)).unwrap();
     let holder = store.customer_named(NameKind::Customer, Plugin::NONE, "n").unwrap();
     assert_eq!(holder.as_deref(), Some("holder"));
+}
+
+#[test]
+fn nobody_is_forgotten_by_a_clock_that_leaps() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut play = Play::new(1, dir.path().to_owned(), |_| ());
+    let store = play.store();
+    let now = crate::clock::wall_ms() / 1_000;
+    let later = now + 2 * options(dir.path()).rules.forget_after_s;
+    let on = Hearing { toggle: Some(Toggle::On), ..Hearing::default() };
+    play.wait_for(store.change_customer(Plugin::NONE, "c", &on, false, now)).unwrap();
+    let heard = play.wait_for(store.change_customer(Plugin::NONE, "c", &Hearing::default(), false, later)).unwrap();
+    assert_eq!(heard.unwrap().toggle, Toggle::On);
+    assert_eq!(store.customer(Plugin::NONE, "c", later).unwrap().unwrap().toggle, Toggle::On);
 }
 
 /// The one before it does, and the segments that the damaged one would have freed are there yet.
