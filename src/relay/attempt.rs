@@ -1,5 +1,6 @@
 //! One attempt as a task: read the events, compose the push, send it, report.
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
@@ -89,7 +90,7 @@ pub(super) struct Done {
 }
 
 impl Job {
-    pub(super) async fn run(self, deliverer: &Deliverer) -> Done {
+    pub(super) async fn run(mut self, deliverer: &Deliverer) -> Done {
         let mut done = Done {
             lane: self.lane,
             endpoint: self.endpoint,
@@ -102,10 +103,22 @@ impl Job {
             seconds: 0.0,
         };
         // What was read is given back before the answer is waited for: thousands of attempts may wait.
-        let mut room = None;
-        let composed = match self.read(&mut room) {
-            Ok(stored) => self.compose(&stored, room, &mut done),
-            Err(verdict) => return Done { verdict, ..done },
+        let mut read = self.read(Reader::read_cached);
+        if read.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock) {
+            // Where nothing else waits for the disk.
+            let in_pool = tokio::task::spawn_blocking(move || (self.read(Reader::read), self)).await;
+            match in_pool {
+                Ok(done) => (read, self) = done,
+                // The end has come.
+                Err(_) => return done,
+            }
+        }
+        let composed = match read {
+            Ok((stored, room)) => self.compose(&stored, room, &mut done),
+            Err(error) => {
+                tracing::error!(endpoint = %self.endpoint, %error, "the journal cannot be read just now");
+                return Done { verdict: Verdict::Unread, ..done };
+            }
         };
         let Some((push, event_ids)) = composed else {
             return Done { taken: 1, verdict: Verdict::Damaged, ..done };
@@ -143,20 +156,22 @@ impl Job {
         done
     }
 
-    /// Reads the events up to the first that does not read back, or for which there is no `room`.
-    fn read(&self, room: &mut Option<OwnedSemaphorePermit>) -> Result<Vec<Stored>, Verdict> {
+    /// Reads the events up to the first that does not read back, or for which there is no room; also the room that they
+    /// take.
+    fn read(&self, read: impl Fn(&Reader, u32) -> io::Result<Option<Stored>>) -> io::Result<(Vec<Stored>, Room)> {
+        let mut room: Room = None;
         let mut all = Vec::with_capacity(self.events.len());
         let mut bytes = 0;
         for at in &self.events {
             let Some(reader) = &at.reader else { break };
-            match reader.read(at.offset) {
+            match read(reader, at.offset) {
                 Ok(Some(stored)) => {
                     bytes += stored.event().map_or(0, |event| event.messages.len());
                     let is_first = all.is_empty();
                     if bytes > FREE_BYTES && !self.is_fixed && !is_first {
                         let kib = ((bytes - FREE_BYTES) / 1_024) as u32 + 1;
                         let more = kib.saturating_sub(room.as_ref().map_or(0, |room| room.num_permits() as u32));
-                        match (Arc::clone(&self.bodies).try_acquire_many_owned(more), &mut *room) {
+                        match (Arc::clone(&self.bodies).try_acquire_many_owned(more), &mut room) {
                             (Ok(more), Some(room)) => room.merge(more),
                             (Ok(more), room) => *room = Some(more),
                             (Err(_), _) => break,
@@ -165,28 +180,21 @@ impl Job {
                     all.push(stored);
                 }
                 Ok(None) => break,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Err(error),
                 // A push that was tried goes as it was, or not at all.
-                Err(error) if all.is_empty() || self.is_fixed => {
-                    tracing::error!(endpoint = %self.endpoint, %error, "the journal cannot be read just now");
-                    return Err(Verdict::Unread);
-                }
+                Err(error) if all.is_empty() || self.is_fixed => return Err(error),
                 Err(_) => break,
             }
             if bytes > self.rules.bounds.bytes_max && !self.is_fixed {
                 break;
             }
         }
-        Ok(all)
+        Ok((all, room))
     }
 
     /// Puts as many events as go together into one body, which holds its room until it is written; also their ids, where
     /// attempts are logged. `None`: not even the first can be read.
-    fn compose(
-        &self,
-        stored: &[Stored],
-        room: Option<OwnedSemaphorePermit>,
-        done: &mut Done,
-    ) -> Option<(Push, String)> {
+    fn compose(&self, stored: &[Stored], room: Room, done: &mut Done) -> Option<(Push, String)> {
         let is_own = |event: &Accepted<'_>| Some(event.lane) == self.key;
         let first = stored.first()?.event().filter(is_own)?;
         // What was sent before goes together again, whatever the bounds are now.
@@ -222,6 +230,9 @@ impl Job {
         Some((Push { id, attempt: self.attempt, body }, event_ids.join(" ")))
     }
 }
+
+/// The room that a large push takes.
+type Room = Option<OwnedSemaphorePermit>;
 
 /// A large body, and the room that it takes.
 struct Roomy {

@@ -19,8 +19,6 @@ use crate::domain::schedule::Retry;
 
 /// State log bytes beyond which it may be written anew.
 const STATE_LOG_MIN: u64 = 16 << 20;
-/// State log bytes beyond which it is written anew sooner: its records' offsets have 32 bits.
-const STATE_LOG_MAX: u64 = 3 << 30;
 /// About how many bytes of the state log a row stands for.
 const ROW_BYTES: usize = 150;
 /// Changes of customers and names that are gathered before their rows are changed.
@@ -117,7 +115,7 @@ impl Applier {
             return Ok(());
         }
         let mut result = Ok(());
-        let scan = segment::scan_synced(file, segment, self.at.offset, to, |frame| {
+        let scan = segment::scan_synced(file, segment, self.at.offset, u64::from(to), |frame| {
             if result.is_ok() && self.changes.len().max(self.ended.len()) >= CHANGES_MAX {
                 self.at.offset = frame.header.offset;
                 result = self.change_rows(queue);
@@ -332,7 +330,7 @@ impl Applier {
     /// Writes the state log anew from the rows, when it has become much longer than needed, or a sync of it failed.
     pub(super) fn renew_state_log(&mut self, queue: &Queue, dir: &Path) -> Result<(), QueueError> {
         let (len, dead) = (self.state_log.len, self.state_log.dead);
-        let is_long = len >= STATE_LOG_MIN && 2 * dead >= len || len >= STATE_LOG_MAX && 8 * dead >= len;
+        let is_long = len >= STATE_LOG_MIN && 2 * dead >= len;
         if !is_long && !self.state_log.is_suspect {
             return Ok(());
         }

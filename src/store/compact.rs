@@ -97,7 +97,7 @@ fn rewrite(inner: &Inner, queue: &Queue, mark: &GroupMark) -> Result<bool, Queue
     let waiting = (0..mark.places as usize).filter(|place| mark.waits(*place)).count();
     let mut events: Vec<IndexEntry> = Vec::with_capacity(waiting);
     let mut result = Ok(());
-    segment::scan_synced(&old.file, mark.segment, 0, end, |frame| {
+    segment::scan_synced(&old.file, mark.segment, 0, u64::from(end), |frame| {
         if result.is_ok() {
             result = copy.keep(frame, mark, &mut events);
         }

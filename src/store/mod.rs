@@ -14,9 +14,10 @@
 //! data_dir/lock, reserve      room that is given back when the disk is full
 //! ```
 //!
-//! Three threads: one writes and syncs the journal, one keeps everything else in step with it (`keeper`), and the caller
-//! of [`Store::post`] waits. This folder is the only one that names sled or opens a data file; its API is synchronous
-//! where it is fast and a future where it waits for the disk.
+//! Two threads: one writes and syncs the journal, one keeps everything else in step with it (`keeper`). This folder is the
+//! only one that names sled or opens a data file. Its API is a future where it waits for the journal; synchronous where
+//! memory has what is asked for, or at most a row of a customer is read from sled; what reads files besides says that it
+//! blocks.
 
 mod admission;
 mod applier;
@@ -219,6 +220,7 @@ impl Store {
     pub fn fate(&self, key: EventKey, now_s: u64) -> Result<Option<Fate>, Refusal> {
         let found = {
             let mut admission = lock(&self.inner.admission);
+            let now_s = admission.aging(now_s);
             admission.ids.expire(now_s);
             admission.ids.number(key)
         };

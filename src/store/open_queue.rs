@@ -129,12 +129,12 @@ impl Opener<'_> {
                 // What came after the checkpoint is in the journal, and written again from there. Without a checkpoint
                 // all there is has to do.
                 let scan = match self.checkpoint {
-                    Some(_) => segment::scan_synced(&file, number, 0, synced as u32, apply)?,
+                    Some(_) => segment::scan_synced(&file, number, 0, synced, apply)?,
                     None => segment::scan(&file, number, 0, 0, apply)?,
                 };
                 result?;
                 if self.checkpoint.is_none() {
-                    len = u64::from(scan.valid_len);
+                    len = scan.valid_len;
                 }
                 let missing = u64::from(file.metadata()?.len() < synced);
                 damaged = scan.damaged.len() as u64 + missing;

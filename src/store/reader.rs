@@ -33,11 +33,19 @@ pub struct Reader {
 }
 
 impl Reader {
-    /// Reads the event at an offset; `None` when it is damaged.
+    /// Reads the event at an offset; `None` when it is damaged. Blocks.
     ///
     /// # Errors
     /// The file cannot be read just now.
     pub fn read(&self, offset: u32) -> io::Result<Option<Stored>> {
         Ok(segment::read_frame(&self.segment.file, self.segment.number, offset)?.map(|frame| Stored { frame }))
+    }
+
+    /// Like [`Reader::read`], from memory only.
+    ///
+    /// # Errors
+    /// `WouldBlock`: it has to be read from the disk. Or the file cannot be read just now.
+    pub fn read_cached(&self, offset: u32) -> io::Result<Option<Stored>> {
+        Ok(segment::read_cached_frame(&self.segment.file, self.segment.number, offset)?.map(|frame| Stored { frame }))
     }
 }

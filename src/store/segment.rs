@@ -55,8 +55,31 @@ const READ_FIRST: usize = 2_048;
 
 /// Reads the frame at an offset; `None` when there is none whose checksums hold.
 pub(super) fn read_frame(file: &File, segment: u64, offset: u32) -> io::Result<Option<Frame>> {
+    read_frame_by(File::read_at, file, segment, offset)
+}
+
+/// Like [`read_frame`], from memory only.
+///
+/// # Errors
+/// `WouldBlock`: it has to be read from the disk.
+pub(super) fn read_cached_frame(file: &File, segment: u64, offset: u32) -> io::Result<Option<Frame>> {
+    read_frame_by(read_cached, file, segment, offset)
+}
+
+/// Reads what the page cache has; all there is on a file system that cannot say.
+fn read_cached(file: &File, bytes: &mut [u8], offset: u64) -> io::Result<usize> {
+    use rustix::io::{Errno, ReadWriteFlags, preadv2};
+    match preadv2(file, &mut [io::IoSliceMut::new(bytes)], offset, ReadWriteFlags::NOWAIT) {
+        Err(Errno::OPNOTSUPP | Errno::NOSYS) => file.read_at(bytes, offset),
+        read => Ok(read?),
+    }
+}
+
+type ReadAt = fn(&File, &mut [u8], u64) -> io::Result<usize>;
+
+fn read_frame_by(read_at: ReadAt, file: &File, segment: u64, offset: u32) -> io::Result<Option<Frame>> {
     let mut bytes = vec![0; READ_FIRST];
-    let read = read_up_to(file, &mut bytes, u64::from(offset))?;
+    let read = read_up_to(read_at, file, &mut bytes, u64::from(offset))?;
     bytes.truncate(read);
     let Some(header) =
         Header::read(&bytes).filter(|header| header.segment == segment as u32 && header.offset == offset)
@@ -72,16 +95,18 @@ pub(super) fn read_frame(file: &File, segment: u64, offset: u32) -> io::Result<O
         }
         bytes.resize(len, 0);
         let rest = bytes.get_mut(have..).unwrap_or_default();
-        file.read_exact_at(rest, u64::from(offset) + have as u64)?;
+        if read_up_to(read_at, file, rest, u64::from(offset) + have as u64)? < len - have {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
     }
     bytes.truncate(len);
     Ok(codec::checked_body(&header, &bytes).is_some().then_some(Frame { header, bytes }))
 }
 
-fn read_up_to(file: &File, bytes: &mut [u8], offset: u64) -> io::Result<usize> {
+fn read_up_to(read_at: ReadAt, file: &File, bytes: &mut [u8], offset: u64) -> io::Result<usize> {
     let mut done = 0;
     while let Some(rest) = bytes.get_mut(done..).filter(|rest| !rest.is_empty()) {
-        match file.read_at(rest, offset + done as u64) {
+        match read_at(file, rest, offset + done as u64) {
             Ok(0) => break,
             Ok(read) => done += read,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -94,10 +119,10 @@ fn read_up_to(file: &File, bytes: &mut [u8], offset: u64) -> io::Result<usize> {
 /// What a scan found.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Scan {
-    /// Up to where the segment is to be believed.
-    pub valid_len: u32,
+    /// Up to where the file is to be believed.
+    pub valid_len: u64,
     /// Offsets of damaged stretches below that.
-    pub damaged: Vec<u32>,
+    pub damaged: Vec<u64>,
     /// Whether something behind `valid_len` was cut: a group that was never synced.
     pub is_torn: bool,
 }
@@ -105,7 +130,8 @@ pub(super) struct Scan {
 /// How much is read at once.
 const CHUNK: usize = 1 << 20;
 
-/// Walks a segment from `from`, calling `visit` for each good frame up to where the segment is to be believed.
+/// Walks a segment from `from`, calling `visit` for each good frame up to where the segment is to be believed. Other files
+/// of frames may be longer than 4 GiB: their frames have the low 32 bits of their offsets.
 ///
 /// A bad stretch below `floor` (known to have been synced) or below the `synced` mark of any good record is damage and
 /// skipped; the first one above is the torn end, where the segment is cut.
@@ -117,18 +143,18 @@ pub(super) fn scan(
     mut visit: impl FnMut(&Frame),
 ) -> io::Result<Scan> {
     let file_len = file.metadata()?.len();
-    let mut floor = floor;
+    let mut floor = u64::from(floor);
     let mut bad = Vec::new();
-    let mut end = from;
-    walk(file, segment, from, file_len, &mut |found| match found {
-        Found::Frame(frame) => {
-            floor = floor.max(frame.header.synced);
-            end = frame.header.offset + frame.header.frame_len() as u32;
+    let mut end = u64::from(from);
+    walk(file, segment, u64::from(from), file_len, &mut |found| match found {
+        Found::Frame(frame, behind) => {
+            floor = floor.max(u64::from(frame.header.synced));
+            end = behind;
         }
         Found::Bad(offset) => bad.push(offset),
     })?;
     let cut = bad.iter().copied().find(|offset| *offset >= floor);
-    let mut scan = Scan { valid_len: cut.unwrap_or(end).max(from), damaged: bad, is_torn: cut.is_some() };
+    let mut scan = Scan { valid_len: cut.unwrap_or(end), damaged: bad, is_torn: cut.is_some() };
     scan.damaged.retain(|offset| *offset < scan.valid_len);
     if scan.valid_len < floor {
         // What was synced ends early: the file was cut.
@@ -143,15 +169,15 @@ pub(super) fn scan_synced(
     file: &File,
     segment: u64,
     from: u32,
-    to: u32,
+    to: u64,
     mut visit: impl FnMut(&Frame),
 ) -> io::Result<Scan> {
     let mut damaged = Vec::new();
     let file_len = file.metadata()?.len();
-    let mut end = from;
-    walk(file, segment, from, file_len.min(u64::from(to)), &mut |found| match found {
-        Found::Frame(frame) => {
-            end = frame.header.offset + frame.header.frame_len() as u32;
+    let mut end = u64::from(from);
+    walk(file, segment, u64::from(from), file_len.min(to), &mut |found| match found {
+        Found::Frame(frame, behind) => {
+            end = behind;
             visit(&frame);
         }
         Found::Bad(offset) => damaged.push(offset),
@@ -163,18 +189,19 @@ pub(super) fn scan_synced(
 }
 
 enum Found {
-    Frame(Frame),
-    Bad(u32),
+    /// And where the next one is.
+    Frame(Frame, u64),
+    Bad(u64),
 }
 
-fn walk(file: &File, segment: u64, from: u32, file_len: u64, visit: &mut impl FnMut(Found)) -> io::Result<()> {
-    let mut at = u64::from(from);
+fn walk(file: &File, segment: u64, from: u64, file_len: u64, visit: &mut impl FnMut(Found)) -> io::Result<()> {
+    let mut at = from;
     let mut window = Window { bytes: Vec::new(), start: 0, limit: file_len };
     let mut bad_since = None;
     while at + FRAME_LEN as u64 <= file_len {
         let ahead = window.at(file, at, HEADER_LEN)?;
         let header = Header::read(ahead)
-            .filter(|header| header.segment == segment as u32 && u64::from(header.offset) == at)
+            .filter(|header| header.segment == segment as u32 && header.offset == at as u32)
             .filter(|header| at + header.frame_len() <= file_len);
         let Some(header) = header else {
             if bad_since.is_none() {
@@ -182,7 +209,7 @@ fn walk(file: &File, segment: u64, from: u32, file_len: u64, visit: &mut impl Fn
                 if ahead.iter().all(|byte| *byte == 0) && window.is_zero_from(file, at, file_len)? {
                     return Ok(());
                 }
-                bad_since = Some(at as u32);
+                bad_since = Some(at);
             }
             let ahead = window.at(file, at + 1, CHUNK)?;
             at += 1 + codec::find_magic(ahead).unwrap_or(ahead.len().saturating_sub(3).max(1)) as u64;
@@ -194,14 +221,14 @@ fn walk(file: &File, segment: u64, from: u32, file_len: u64, visit: &mut impl Fn
             if let Some(offset) = bad_since.take() {
                 visit(Found::Bad(offset));
             }
-            visit(Found::Frame(Frame { header, bytes: bytes.to_vec() }));
+            visit(Found::Frame(Frame { header, bytes: bytes.to_vec() }, at + len as u64));
         } else if bad_since.is_none() {
-            bad_since = Some(at as u32);
+            bad_since = Some(at);
         }
         at += len as u64;
     }
     let has_rest = at < file_len && !window.is_zero_from(file, at, file_len)?;
-    if let Some(offset) = bad_since.or(has_rest.then_some(at as u32)) {
+    if let Some(offset) = bad_since.or(has_rest.then_some(at)) {
         visit(Found::Bad(offset));
     }
     Ok(())
@@ -222,7 +249,7 @@ impl Window {
         if at < self.start || (at + len as u64 > end && end < self.limit) {
             let left = usize::try_from(self.limit.saturating_sub(at)).unwrap_or(usize::MAX);
             self.bytes.resize(len.max(CHUNK).min(left), 0);
-            let read = read_up_to(file, &mut self.bytes, at)?;
+            let read = read_up_to(File::read_at, file, &mut self.bytes, at)?;
             self.bytes.truncate(read);
             self.start = at;
         }
@@ -287,7 +314,7 @@ mod tests {
             bytes.resize(len as usize + room, 0);
             let (seqs, scan) = scanned(&bytes, 0);
             assert_eq!(seqs, (0..8).collect::<Vec<u64>>());
-            assert_eq!(scan, Scan { valid_len: len, damaged: vec![], is_torn: false });
+            assert_eq!(scan, Scan { valid_len: u64::from(len), damaged: vec![], is_torn: false });
         }
     }
 
@@ -319,9 +346,34 @@ mod tests {
             } else {
                 assert_eq!(seqs, (0..hit as u64).collect::<Vec<u64>>(), "byte {at}");
                 assert_eq!((scan.damaged.len(), scan.is_torn), (0, true), "byte {at}: {scan:?}");
-                assert_eq!(scan.valid_len, offsets[hit]);
+                assert_eq!(scan.valid_len, u64::from(offsets[hit]));
             }
         }
+    }
+
+    #[test]
+    fn frames_are_walked_beyond_four_gibibytes() {
+        let (bytes, _) = sample();
+        let from = (1 << 32) - bytes.len() as u64 / 2;
+        let mut moved = Vec::new();
+        for n in 0..8u64 {
+            let offset = from + moved.len() as u64;
+            codec::write_frame(&mut moved, SEGMENT, offset as u32, 0, n, &[n as u8; 40]);
+        }
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&moved, from).unwrap();
+        let (mut seqs, mut ends) = (Vec::new(), Vec::new());
+        walk(&file, SEGMENT, from, from + moved.len() as u64, &mut |found| match found {
+            Found::Frame(frame, behind) => {
+                seqs.push(frame.header.seq);
+                ends.push(behind);
+            }
+            Found::Bad(at) => panic!("bad at {at}"),
+        })
+        .unwrap();
+        assert_eq!(seqs, (0..8).collect::<Vec<u64>>());
+        assert_eq!(ends.last(), Some(&(from + moved.len() as u64)));
+        assert!(from < 1 << 32 && ends[7] > 1 << 32);
     }
 
     #[test]

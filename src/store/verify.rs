@@ -18,9 +18,9 @@ pub struct VerifiedFile {
     /// Bytes that hold them.
     pub bytes: u64,
     /// Where damage begins, place by place.
-    pub damaged: Vec<u32>,
+    pub damaged: Vec<u64>,
     /// Where a torn end begins: behind it nothing is known to have been synced.
-    pub torn: Option<u32>,
+    pub torn: Option<u64>,
 }
 
 /// Reads the journal, the state log and the dead letters of a data directory.
@@ -52,5 +52,5 @@ fn read(path: PathBuf, number: u64) -> io::Result<VerifiedFile> {
     let mut records = 0;
     let scan = segment::scan(&file, number, 0, 0, |_| records += 1)?;
     let torn = scan.is_torn.then_some(scan.valid_len);
-    Ok(VerifiedFile { path, records, bytes: u64::from(scan.valid_len), damaged: scan.damaged, torn })
+    Ok(VerifiedFile { path, records, bytes: scan.valid_len, damaged: scan.damaged, torn })
 }

@@ -146,7 +146,7 @@ impl DeadLetters {
         })?;
         found.damaged += scan.damaged.len() as u64;
         if scan.is_torn {
-            log.set_len(u64::from(scan.valid_len))?;
+            log.set_len(scan.valid_len)?;
         }
         log.sync_all()?;
         if index.len() != known || known == 0 {
@@ -154,7 +154,8 @@ impl DeadLetters {
         }
         let mut file = DeadFile {
             number,
-            len: scan.valid_len,
+            // Such a file ends long before 4 GiB.
+            len: scan.valid_len as u32,
             begun_ms: u64::MAX,
             newest_ms: 0,
             letters: 0,

@@ -67,7 +67,7 @@ impl Loading<'_> {
                 } else {
                     self.found.end
                 };
-                segment::scan_synced(&self.found.file, self.found.number, 0, end, |frame| {
+                segment::scan_synced(&self.found.file, self.found.number, 0, u64::from(end), |frame| {
                     if let Some(entry) = index_entry(frame) {
                         self.add(schedule, &entry, waits(entry.seq));
                     }
@@ -97,7 +97,7 @@ impl Loading<'_> {
         if from >= self.found.end {
             return Ok(());
         }
-        segment::scan_synced(&self.found.file, self.found.number, from, self.found.end, |frame| {
+        segment::scan_synced(&self.found.file, self.found.number, from, u64::from(self.found.end), |frame| {
             match Record::decode(frame.body()) {
                 Some(Record::Accepted(_)) => {
                     if let Some(entry) = index_entry(frame) {

@@ -107,9 +107,10 @@ impl Opening<'_> {
                     self.note_scan(number, &scan);
                     self.noted += scan.damaged.len() as u64;
                     // What only the page cache held must not be lost after it was answered `duplicate`.
-                    file.set_len(u64::from(scan.valid_len))?;
+                    file.set_len(scan.valid_len)?;
                     file.sync_all()?;
-                    scan.valid_len
+                    // A segment is far smaller.
+                    scan.valid_len as u32
                 }
             };
             self.found.push(Found { number, generation, file, end, waits });
