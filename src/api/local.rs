@@ -42,10 +42,11 @@ enum Route {
     Survey,
     Healthz,
     Readyz,
+    Metrics,
 }
 
 /// Every route with its path, what a path names in braces, and its methods.
-const ROUTES: [(Route, &str, &str); 18] = [
+const ROUTES: [(Route, &str, &str); 19] = [
     (Route::Page, "/", "GET, HEAD"),
     (Route::OpenApiDocument, "/openapi.json", "GET, HEAD"),
     (Route::Events, EVENTS, "POST"),
@@ -64,6 +65,7 @@ const ROUTES: [(Route, &str, &str); 18] = [
     (Route::Survey, SURVEY, "POST"),
     (Route::Healthz, "/healthz", "GET, HEAD"),
     (Route::Readyz, "/readyz", "GET, HEAD"),
+    (Route::Metrics, "/metrics", "GET, HEAD"),
 ];
 
 /// Every path that is no route, as counted in metrics.
@@ -182,6 +184,7 @@ async fn handle(api: &Api, route: Route, named: &str, request: Request<Incoming>
         Route::OpenApiDocument => Ok(page::open_api_document()),
         Route::Healthz => Ok(metrics::healthz()),
         Route::Readyz => Ok(metrics::readyz(api)),
+        Route::Metrics => Ok(metrics::exposition(api).await),
         Route::Status => operate::status(api).await,
         Route::Lanes => operate::lanes(api, &Query::read(&query)?).await,
         Route::BuryLanes => {

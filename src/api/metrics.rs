@@ -1,4 +1,4 @@
-//! The metrics listener: `/metrics`, `/healthz`, `/readyz`, nothing else (contract §2).
+//! The metrics listener: `/metrics`, `/healthz`, `/readyz`, nothing else (contract §2). The local listener has them too.
 
 use hyper::{Method, StatusCode};
 
@@ -16,10 +16,14 @@ pub(super) async fn answer(api: &Api, method: &Method, path: &str) -> Answer {
     match path {
         "/healthz" => healthz(),
         "/readyz" => readyz(api),
-        _ => match api.now().await.map(|(now, _)| api.metrics.expose(&now)) {
-            Some(Ok(text)) => answer::with_type(StatusCode::OK, CONTENT_TYPE, text),
-            Some(Err(_)) | None => answer::text(StatusCode::SERVICE_UNAVAILABLE, "the relay does not answer\n"),
-        },
+        _ => exposition(api).await,
+    }
+}
+
+pub(super) async fn exposition(api: &Api) -> Answer {
+    match api.now().await.map(|(now, _)| api.metrics.expose(&now)) {
+        Some(Ok(text)) => answer::with_type(StatusCode::OK, CONTENT_TYPE, text),
+        Some(Err(_)) | None => answer::text(StatusCode::SERVICE_UNAVAILABLE, "the relay does not answer\n"),
     }
 }
 

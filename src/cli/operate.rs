@@ -132,14 +132,17 @@ impl Relay {
                 path += &format!("&after={after}");
             }
             let page = self.get(&path).await?;
-            let ids: Vec<&str> = items(&page, "dead_letters").iter().map(|letter| text(letter, "id")).collect();
-            let Some(last) = ids.last() else { break };
-            let ids: Vec<&str> = ids.iter().copied().take(left as usize).collect();
-            after = Some((*last).to_owned());
+            let found = items(&page, "dead_letters").iter().map(|letter| text(letter, "id"));
+            let ids: Vec<&str> = found.take(left as usize).collect();
             left = left.saturating_sub(ids.len() as u64);
             let done = self.call(Method::POST, "/v1/dead-letters/replay", &json!({ "ids": ids })).await?;
             replayed += number(&done, "replayed");
             skipped += number(&done, "skipped");
+            // A page of letters that do not read back is empty, and not the last.
+            after = page.get("next").and_then(Value::as_str).map(str::to_owned);
+            if after.is_none() {
+                break;
+            }
             if io::stderr().is_terminal() {
                 eprint!("\r{} of {total} …", replayed + skipped);
             }

@@ -118,7 +118,7 @@ impl AttemptsSeen {
         *mean += SHARE * (seconds - *mean);
     }
 
-    /// Forgets an endpoint that is gone.
+    /// Forgets an endpoint that is gone, or what another receiver did in its place.
     pub(super) fn forget(&mut self, endpoint: EndpointName) {
         self.last_errors.remove(&endpoint);
         self.attempt_seconds.remove(&endpoint);

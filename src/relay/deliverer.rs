@@ -347,7 +347,7 @@ async fn survey_answer(
     deadline: tokio::time::Instant,
 ) -> Seen {
     let status = response.status().as_u16();
-    let mut body = Limited::new(response.into_body(), BODY_MAX);
+    let mut body = response.into_body();
     let mut text = Vec::new();
     let read = tokio::time::timeout_at(deadline, async {
         while let Some(frame) = body.frame().await {
@@ -355,13 +355,18 @@ async fn survey_answer(
                 Ok(frame) => text.extend_from_slice(frame.data_ref().unwrap_or(&Bytes::new())),
                 Err(error) => return Err(error.to_string()),
             }
+            if text.len() > BODY_MAX {
+                return Ok(false);
+            }
         }
-        Ok(())
+        Ok(true)
     });
     match read.await {
         Err(_) => return Report::Timeout.into(),
         Ok(Err(error)) => return Seen { report: Report::Io, detail: Some(error) },
-        Ok(Ok(())) => {}
+        // No body with a code is as long; its connection is of no use.
+        Ok(Ok(false)) => return Report::survey(status, &[]).into(),
+        Ok(Ok(true)) => {}
     }
     // An IM server that answers before it has read the request may never read the rest.
     if let Ok(Ok(())) = tokio::time::timeout_at(deadline, sender.ready()).await {

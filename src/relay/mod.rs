@@ -185,11 +185,12 @@ impl Relay {
         self.stages.values().filter(|stage| changed.contains(&stage.endpoint)).for_each(|stage| stage.withdraw());
         for name in elsewhere.into_iter().chain(before.into_keys()) {
             self.schedule.forget_failures(name, now);
+            self.seen.forget(name);
             self.drop_hold(name);
         }
     }
 
-    /// Works until the store tells no more and nobody asks any more.
+    /// Works until the store tells no more.
     pub async fn run(mut self, mut notices: mpsc::Receiver<Notice>, mut commands: mpsc::Receiver<Command>) {
         let mut batch = Vec::with_capacity(BATCH);
         loop {

@@ -1,4 +1,4 @@
-//! What came of attempts and burials: recorded, counted, told to the schedule.
+//! What came of attempts: recorded, counted, told to the schedule.
 
 use std::sync::Arc;
 
@@ -22,6 +22,10 @@ impl Relay {
         if let Some(result) = done.result {
             metrics.attempt(result);
             self.metrics.push_seconds.observe(done.seconds);
+        }
+        // What an address does that is no longer the endpoint's says nothing of it.
+        let is_outdated = self.schedule.is_outdated(done.lane);
+        if done.result.is_some() && !is_outdated {
             self.seen.took(done.endpoint, done.seconds);
         }
         let delivered = done.verdict == Verdict::Delivered;
@@ -39,7 +43,9 @@ impl Relay {
         if done.verdict == Verdict::Again && done.result.is_some() {
             self.broken.insert(done.lane);
         }
-        self.note_error(done.lane, done.endpoint, done.result, done.detail);
+        if !is_outdated {
+            self.note_error(done.lane, done.endpoint, done.result, done.detail);
+        }
         self.report(done.lane, done.taken, done.verdict);
     }
 

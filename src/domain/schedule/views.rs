@@ -107,6 +107,12 @@ impl Schedule {
         self.endpoints.get(lane.endpoint as usize).map(|endpoint| endpoint.name)
     }
 
+    /// Whether the attempt in flight in a lane goes to a receiver that is no longer the endpoint's.
+    #[must_use]
+    pub fn is_outdated(&self, id: LaneId) -> bool {
+        self.flights.get(&id).is_some_and(|flight| flight.is_outdated)
+    }
+
     /// Events that wait in a lane.
     #[must_use]
     pub fn waiting(&self, key: LaneKey) -> u32 {
