@@ -5,7 +5,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::load::*;
 use super::support::*;
@@ -148,6 +148,36 @@ fn a_disk_that_takes_seconds_a_sync_delays_the_202_and_nothing_else() {
     assert!(posted > Duration::from_secs(2), "{posted:?}");
     disk.works();
     assert_eq!(receiver.wait_delivered(2), ["m0", "m1"]);
+}
+
+/// Of a backlog that memory no longer has, on a file system that can say so.
+#[test]
+fn a_disk_that_takes_seconds_a_read_delays_the_pushes_that_are_read_and_nothing_else() {
+    let Some(disk) = Faulty::new() else { return };
+    let receiver = Receiver::start();
+    let relay = disk.start(&config(receiver.address, QUICK));
+    relay.queue(&event("known", "m0"));
+    receiver.wait_delivered(1);
+    relay.done("POST", "/v1/endpoints/12/pause", &Value::Null);
+    for number in 0..8 {
+        relay.queue(&event(&format!("c{number}"), "m"));
+    }
+    for segment in std::fs::read_dir(relay.data_dir().join("journal")).unwrap() {
+        let file = std::fs::File::open(segment.unwrap().path()).unwrap();
+        file.sync_all().unwrap();
+        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+    }
+    disk.fails("read 3000");
+    relay.done("POST", "/v1/endpoints/12/resume", &Value::Null);
+    std::thread::sleep(Duration::from_millis(300));
+    let others = timed(|| {
+        relay.queue(&event("known", "m1"));
+        assert_eq!(get(relay.local, "/healthz").status, 200);
+    });
+    assert!(others < Duration::from_secs(1), "{others:?}");
+    receiver.wait_delivered(2);
+    disk.works();
+    receiver.wait_delivered(10);
 }
 
 #[test]

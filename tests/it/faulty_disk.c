@@ -1,7 +1,8 @@
 /* A disk that fails when it is told to: stands between the relay and the C library (LD_PRELOAD; see disk.rs).
  *
  * FAULTY_DIR: what lies below is on that disk. FAULTY_HOW: a file that says how it fails: "sync N" (the next N syncs
- * fail with EIO), "write" (every write fails with EROFS), "slow N" (a sync takes N ms). No file: it works.
+ * fail with EIO), "write" (every write fails with EROFS), "slow N" (a sync takes N ms), "read N" (a read that may
+ * wait takes N ms). No file: it works.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -69,3 +70,15 @@ SYNC(fdatasync)
     }
 PWRITE(pwrite, off_t)
 PWRITE(pwrite64, off64_t)
+
+#define PREAD(name, offset_type) \
+    ssize_t name(int fd, void *bytes, size_t len, offset_type offset) { \
+        static ssize_t (*real)(int, void *, size_t, offset_type); \
+        char text[64]; \
+        if (!real) real = (ssize_t (*)(int, void *, size_t, offset_type))dlsym(RTLD_NEXT, #name); \
+        long slow = is_on_disk(fd) ? told("read", text, sizeof text) : -1; \
+        if (slow > 0) usleep((useconds_t)slow * 1000); \
+        return real(fd, bytes, len, offset); \
+    }
+PREAD(pread, off_t)
+PREAD(pread64, off64_t)

@@ -72,6 +72,18 @@ fn every_query_of_the_dashboard_is_one() {
 }
 
 #[test]
+fn the_local_listener_has_the_metrics_too() {
+    let receiver = Receiver::start();
+    let relay = Relay::start(&config(receiver.address, ""));
+    let [local, own] = [relay.local, relay.metrics].map(|listener| get(listener, "/metrics"));
+    assert_eq!((local.status, local.header("content-type")), (200, own.header("content-type")));
+    let names = |text: String| -> Vec<String> {
+        text.lines().filter(|line| line.starts_with("# TYPE")).map(str::to_owned).collect()
+    };
+    assert_eq!(names(local.text()), names(own.text()));
+}
+
+#[test]
 fn every_metric_of_alerts_and_dashboard_is_exported_from_the_start() {
     let receiver = Receiver::start();
     let relay = Relay::start(&config(receiver.address, ""));

@@ -283,6 +283,12 @@ fn surveys_are_kept_and_delivered_in_order_until_the_im_server_takes_them() {
     let replayed = relay.done("POST", "/v1/dead-letters/replay", &json!({ "endpoint": "survey" }));
     assert_eq!(replayed["replayed"], 1);
     relay.wait_metric("h5push_messages_delivered_total", &[("endpoint", "survey")], |count| count == 3.0);
+    // A 2xx is a success unless a code says otherwise, however much it says besides.
+    let page: &'static str = Box::leak("x".repeat(100_000).into_boxed_str());
+    im_server.answer(move |_| Answer::Body(200, page));
+    let answer = request(relay.local, "POST", SURVEY, &form, b"im_sub_session_id=3004&option_id=1").json();
+    assert_eq!(answer["code"], 1_000);
+    relay.wait_metric("h5push_messages_delivered_total", &[("endpoint", "survey")], |count| count == 4.0);
     for (query, code) in [("option_id=1", 2_062), ("im_sub_session_id=x&option_id=1", 2_000)] {
         let answer = request(relay.local, "POST", &format!("{SURVEY}?{query}"), &[], b"").json();
         assert_eq!(answer["code"], code, "{query}");

@@ -122,6 +122,19 @@ fn a_paused_endpoint_accepts_and_pushes_nothing_until_it_is_resumed_also_over_a_
 }
 
 #[test]
+fn what_another_address_failed_with_is_not_shown_as_this_ones() {
+    let receiver = Receiver::start();
+    receiver.answer_status(500);
+    let relay = Relay::start(&config(receiver.address, ""));
+    relay.queue(&event("a", "m0"));
+    wait_until("the error", || relay.endpoint("12")["last_error"] == "status 500");
+    relay.done("POST", "/v1/endpoints/12/pause", &NOTHING);
+    let other = Receiver::start();
+    relay.done("PUT", "/v1/endpoints/12", &json!({ "url": format!("http://{}/", other.address) }));
+    assert_eq!(relay.endpoint("12")["last_error"], Value::Null);
+}
+
+#[test]
 fn retry_makes_every_lane_due_at_once() {
     let receiver = Receiver::start();
     receiver.answer_status(500);
