@@ -1,17 +1,16 @@
 //! Wiring, start and stop: the only file that sees everything.
 
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
-use arc_swap::ArcSwap;
-use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
-use crate::api::{self, Api, Bound, Callers, History, Inherited, Reload};
+use crate::api::{self, Api, Bound, History, Inherited, Reload};
 use crate::clock;
-use crate::config::{Config, ConfigError, Endpoints, is_exposed};
+use crate::config::{Config, ConfigError};
 use crate::domain::push::PushBounds;
 use crate::domain::retry::Delays;
 use crate::domain::schedule::{self, Schedule};
@@ -130,7 +129,7 @@ impl App {
         let relay = Relay::new(schedule, store.clone(), deliverer, configured, relay_rules(&config), metrics.clone());
         let (commands, asked) = mpsc::channel(relay::COMMANDS_MAX);
         let relay = tokio::spawn(relay.run(notices, asked));
-        let api = Arc::new(new_api(&config, endpoints, store.clone(), metrics, commands.clone()));
+        let api = Arc::new(Api::new(&config, endpoints, store.clone(), metrics, commands.clone()));
         let mut listeners = JoinSet::new();
         let (stop_local, local_stopped) = watch::channel(false);
         let (stop_metrics, metrics_stopped) = watch::channel(false);
@@ -256,22 +255,8 @@ impl App {
 
 /// Holds the addresses that are really bound (systemd may have chosen them) against the rules of contract §2.
 fn check_exposure(config: &Config, local: Option<SocketAddr>, open_api: Option<SocketAddr>) -> Result<(), String> {
-    let is_exposed = |address: &SocketAddr| is_exposed(*address);
-    if let Some(address) = local.filter(is_exposed)
-        && config.local.token.is_none()
-    {
-        return Err(format!("[local] listens on {address}, beyond loopback: that needs local.token_file"));
-    }
-    if let Some(address) = open_api.filter(is_exposed)
-        && config.open_api.tls.is_none()
-        && !config.open_api.behind_tls_proxy
-    {
-        return Err(format!(
-            "[open_api] listens on {address}, beyond loopback: that needs open_api.tls, or \
-             open_api.behind_tls_proxy = true"
-        ));
-    }
-    Ok(())
+    local.map_or(Ok(()), |address| config.local.may_listen_on(address))?;
+    open_api.map_or(Ok(()), |address| config.open_api.may_listen_on(address))
 }
 
 /// A store that was opened without a relay, to be looked at.
@@ -305,32 +290,6 @@ impl Stopped {
     pub fn close(self) {
         drop(self.notices);
         self.store.end(self.threads);
-    }
-}
-
-fn new_api(
-    config: &Arc<Config>,
-    endpoints: Endpoints,
-    store: Store,
-    metrics: Metrics,
-    relay: mpsc::Sender<Command>,
-) -> Api {
-    api::show_routes(&metrics);
-    Api {
-        store,
-        metrics,
-        relay,
-        config: ArcSwap::new(Arc::clone(config)),
-        endpoints: ArcSwap::from_pointee(endpoints),
-        changes: tokio::sync::Mutex::default(),
-        replaying: tokio::sync::Mutex::default(),
-        reload: Mutex::default(),
-        history: History::default(),
-        begun: clock::now(),
-        callers: Callers::default(),
-        bodies: Arc::new(Semaphore::new(api::BODIES_KIB)),
-        posting: Semaphore::new(api::POSTING_KIB),
-        is_up: AtomicBool::new(false),
     }
 }
 

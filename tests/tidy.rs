@@ -101,3 +101,15 @@ fn only_the_store_names_sled_or_opens_data_files() {
         }
     }
 }
+
+/// Whoever opens a file can take it in.
+#[test]
+fn no_file_is_long() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut paths = Vec::new();
+    ["src", "tests", "benches"].iter().for_each(|dir| sources(&root.join(dir), &mut paths));
+    for path in paths {
+        let lines = std::fs::read_to_string(&path).unwrap().lines().count();
+        assert!(lines <= 400, "{}: {lines} lines", path.display());
+    }
+}

@@ -124,7 +124,7 @@ pub(super) async fn delete(api: &Api, name: EndpointName) -> Result<Answer, ApiE
     }
     let _changing = api.changes.lock().await;
     let key = format!("{PREFIX}{name}");
-    if !api.store.settings().contains_key(&key) {
+    if !api.store.has_setting(&key) {
         let message = format!("name: no call has set {name}; what the config file says is changed there");
         return Err(error(Code::NotFound, message));
     }

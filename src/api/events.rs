@@ -52,10 +52,8 @@ struct Named<'a> {
 /// One item of a request: an event, or why it is none.
 type Item<'a> = Result<Named<'a>, ApiError>;
 
-enum Judgement {
-    Posted(Posted),
-    Invalid(ApiError),
-}
+/// What became of an item.
+type Judged<'a> = Result<Posted, &'a ApiError>;
 
 pub(super) async fn post(api: &Api, form: Form, body: &[u8]) -> Result<Answer, ApiError> {
     let begun = clock::now();
@@ -77,33 +75,28 @@ pub(super) async fn post(api: &Api, form: Form, body: &[u8]) -> Result<Answer, A
         items.iter().filter_map(|item| item.as_ref().ok()).map(|named| prepare(api, named, now_ms)).collect();
     let posted = if posts.is_empty() { Vec::new() } else { store(api, posts, is_one, now_ms).await? };
     let mut posted = posted.into_iter();
-    let verdicts: Vec<Judgement> = items
-        .iter()
-        .map(|item| match item {
-            Ok(_) => Judgement::Posted(posted.next().unwrap_or(Posted::Suppressed(Suppressed::NoPushAddress))),
-            Err(error) => Judgement::Invalid(error.clone()),
-        })
-        .collect();
-    for verdict in &verdicts {
-        count_one(api, verdict);
+    let mut next = || posted.next().unwrap_or(Posted::Suppressed(Suppressed::NoPushAddress));
+    let judged: Vec<Judged<'_>> = items.iter().map(|item| item.as_ref().map(|_| next())).collect();
+    for judged in &judged {
+        count_one(api, *judged);
     }
     api.metrics.accept_seconds.observe(begun.elapsed().as_secs_f64());
     let ids = items.iter().map(|item| item.as_ref().ok().map(|named| named.id.as_ref()));
     if is_one {
-        let (Some(verdict), Some(id)) = (verdicts.first(), ids.into_iter().next()) else {
+        let (Some(judged), Some(id)) = (judged.first(), ids.into_iter().next()) else {
             return Err(error(Code::InvalidRequest, "events: must not be empty"));
         };
-        if let Judgement::Posted(Posted::EndpointFull) = verdict {
+        if let Ok(Posted::EndpointFull) = judged {
             return Err(full());
         }
-        return Ok(answer::json(StatusCode::ACCEPTED, &outcome(id, verdict, &full())));
+        return Ok(answer::json(StatusCode::ACCEPTED, &outcome(id, *judged, &full())));
     }
     #[derive(Serialize)]
     struct Results<'a> {
         results: Vec<Outcome<'a>>,
     }
     let full = full();
-    let results = ids.zip(&verdicts).map(|(id, verdict)| outcome(id, verdict, &full)).collect();
+    let results = ids.zip(judged).map(|(id, judged)| outcome(id, judged, &full)).collect();
     Ok(answer::json(StatusCode::ACCEPTED, &Results { results }))
 }
 
@@ -247,16 +240,14 @@ fn prepare<'a>(api: &Api, named: &'a Named<'a>, now_ms: u64) -> Post<'a> {
     Post { event, key: *key, endpoint, lane, record }
 }
 
-fn outcome<'a>(id: Option<&'a str>, verdict: &'a Judgement, full: &'a ApiError) -> Outcome<'a> {
+fn outcome<'a>(id: Option<&'a str>, judged: Judged<'a>, full: &'a ApiError) -> Outcome<'a> {
     let plain = Outcome { event_id: id, outcome: "queued", reason: None, error: None };
-    match verdict {
-        Judgement::Posted(Posted::Queued) => plain,
-        Judgement::Posted(Posted::Duplicate) => Outcome { outcome: "duplicate", ..plain },
-        Judgement::Posted(Posted::Suppressed(reason)) => {
-            Outcome { outcome: "suppressed", reason: Some(reason.as_str()), ..plain }
-        }
-        Judgement::Posted(Posted::EndpointFull) => Outcome { outcome: "refused", error: Some(full.body()), ..plain },
-        Judgement::Invalid(error) => Outcome { outcome: "rejected", error: Some(error.body()), ..plain },
+    match judged {
+        Ok(Posted::Queued) => plain,
+        Ok(Posted::Duplicate) => Outcome { outcome: "duplicate", ..plain },
+        Ok(Posted::Suppressed(reason)) => Outcome { outcome: "suppressed", reason: Some(reason.as_str()), ..plain },
+        Ok(Posted::EndpointFull) => Outcome { outcome: "refused", error: Some(full.body()), ..plain },
+        Err(error) => Outcome { outcome: "rejected", error: Some(error.body()), ..plain },
     }
 }
 
@@ -264,13 +255,13 @@ fn full() -> ApiError {
     error(Code::EndpointFull, "too many events wait for the endpoint")
 }
 
-fn count_one(api: &Api, verdict: &Judgement) {
-    let outcome = match verdict {
-        Judgement::Posted(Posted::Queued) => EventOutcome::Queued,
-        Judgement::Posted(Posted::Duplicate) => EventOutcome::Duplicate,
-        Judgement::Posted(Posted::Suppressed(reason)) => EventOutcome::Suppressed(*reason),
-        Judgement::Posted(Posted::EndpointFull) => EventOutcome::Refused(Code::EndpointFull.as_str()),
-        Judgement::Invalid(error) => EventOutcome::Rejected(error.code.as_str()),
+fn count_one(api: &Api, judged: Judged<'_>) {
+    let outcome = match judged {
+        Ok(Posted::Queued) => EventOutcome::Queued,
+        Ok(Posted::Duplicate) => EventOutcome::Duplicate,
+        Ok(Posted::Suppressed(reason)) => EventOutcome::Suppressed(reason),
+        Ok(Posted::EndpointFull) => EventOutcome::Refused(Code::EndpointFull.as_str()),
+        Err(error) => EventOutcome::Rejected(error.code.as_str()),
     };
     api.metrics.count_events(outcome, 1);
 }

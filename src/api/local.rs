@@ -15,11 +15,7 @@ use super::query::{Query, decoded};
 use super::udesk::{self, BodyForm};
 use super::{Api, customers, dead_letters, endpoints, events, h5push, metrics, operate, page, survey};
 use crate::config::Secret;
-use crate::metrics::Metrics;
-
-pub(super) const EVENTS: &str = "/v1/events";
-pub(super) const H5PUSH: &str = "/open_api_v1/im/h5push";
-pub(super) const SURVEY: &str = "/open_api_v1/im/sessions/survey";
+use crate::metrics::{EVENTS, H5PUSH, Metrics, SURVEY};
 
 /// A route, as counted in metrics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,7 +71,7 @@ const OTHER: &str = "other";
 const ERRORS: [u16; 9] = [400, 401, 403, 404, 405, 408, 413, 415, 503];
 
 /// Makes the counters of all routes be there from the start (contract §7).
-pub fn show_routes(metrics: &Metrics) {
+pub(super) fn show_routes(metrics: &Metrics) {
     for code in ERRORS {
         metrics.show_requests(OTHER, code);
     }

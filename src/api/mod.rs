@@ -27,7 +27,6 @@ use arc_swap::ArcSwap;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
 pub use self::endpoints::{Reloaded, entries};
-pub use self::local::show_routes;
 pub use self::open_api::Callers;
 pub use self::operate::{History, pauses};
 pub use self::server::{
@@ -43,10 +42,10 @@ use crate::relay::{AttemptsSeen, Command, View};
 use crate::store::Store;
 
 /// Memory for the bodies of requests, KiB; a single body is at most 32 MiB.
-pub const BODIES_KIB: usize = 48 << 10;
+const BODIES_KIB: usize = 48 << 10;
 /// Bodies of large requests that are worked at at once, KiB: parsed and encoded, each takes two to three times as much
 /// again.
-pub const POSTING_KIB: usize = 1 << 10;
+const POSTING_KIB: usize = 1 << 10;
 /// How long the relay may take to answer a question.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 
@@ -95,11 +94,39 @@ pub struct Api {
 }
 
 impl Api {
+    /// Nothing listens yet.
+    #[must_use]
+    pub fn new(
+        config: &Arc<Config>,
+        endpoints: Endpoints,
+        store: Store,
+        metrics: Metrics,
+        relay: mpsc::Sender<Command>,
+    ) -> Api {
+        local::show_routes(&metrics);
+        Api {
+            store,
+            metrics,
+            relay,
+            config: ArcSwap::new(Arc::clone(config)),
+            endpoints: ArcSwap::from_pointee(endpoints),
+            changes: tokio::sync::Mutex::default(),
+            replaying: tokio::sync::Mutex::default(),
+            reload: Mutex::default(),
+            history: History::default(),
+            begun: clock::now(),
+            callers: Callers::default(),
+            bodies: Arc::new(Semaphore::new(BODIES_KIB)),
+            posting: Semaphore::new(POSTING_KIB),
+            is_up: AtomicBool::new(false),
+        }
+    }
+
     /// The endpoint that takes a plugin's events: its own, or the default.
     fn endpoint_of(&self, plugin: Plugin) -> Option<(EndpointName, u64)> {
         let endpoints = self.endpoints.load();
-        let own = endpoints.get(&EndpointName::of(plugin)).or_else(|| endpoints.get(&EndpointName::DEFAULT));
-        own?.as_ref().map(|endpoint| (endpoint.name, endpoint.max_events))
+        let found = EndpointName::that_take(plugin).find_map(|name| endpoints.get(&name));
+        found?.as_ref().map(|endpoint| (endpoint.name, endpoint.max_events))
     }
 
     /// Whether the next offline agent message of a customer would be pushed.

@@ -17,6 +17,7 @@ use super::udesk::{self, Failure, Parameters};
 use super::{Api, body, h5push, local, survey};
 use crate::clock;
 use crate::config::{Account, OpenApi};
+use crate::metrics::{H5PUSH, SURVEY};
 
 /// Largest body, bytes.
 const BODY_MAX: usize = 64 << 10;
@@ -52,16 +53,16 @@ enum Call {
 impl Call {
     fn of(path: &str) -> Option<Call> {
         Some(match path {
-            local::H5PUSH => Call::H5push,
-            local::SURVEY => Call::Survey,
+            H5PUSH => Call::H5push,
+            SURVEY => Call::Survey,
             _ => return None,
         })
     }
 
     fn path(self) -> &'static str {
         match self {
-            Call::H5push => local::H5PUSH,
-            Call::Survey => local::SURVEY,
+            Call::H5push => H5PUSH,
+            Call::Survey => SURVEY,
         }
     }
 }

@@ -23,6 +23,7 @@ use super::answer::Answer;
 use super::seats::{Seat, Seats};
 use super::{Shared, local, metrics, open_api};
 use crate::config::{Listen, Local};
+use crate::metrics::EVENTS;
 
 /// A head, and an idle connection, may take so long.
 const HEAD_LIMIT: Duration = Duration::from_secs(30);
@@ -174,7 +175,7 @@ pub async fn serve_local(bound: Bound, api: Shared, shutdown: Shutdown) {
         async move {
             // An event is stored or not, whoever listens to the answer. Everything else is carried to its end in a task of
             // its own: a caller who goes must not leave half of a change.
-            if request.uri().path() == local::EVENTS {
+            if request.uri().path() == EVENTS {
                 local::answer(&api, request, is_tcp).await
             } else {
                 carried_out(async move { local::answer(&api, request, is_tcp).await }).await

@@ -37,19 +37,13 @@ impl LocalWritten {
         {
             return Err("local.token: must be visible ASCII characters without spaces".to_owned());
         }
-        if let Listen::Tcp(address) = &listen
-            && is_exposed(*address)
-            && token.is_none()
-        {
-            return Err(format!("local.listen: {address} is beyond loopback: that needs local.token_file"));
-        }
         let mode = self.socket_mode.unwrap_or_else(|| "0660".to_owned());
         let socket_mode = u32::from_str_radix(&mode, 8).ok().filter(|mode| *mode <= 0o777);
         let body = self.max_body_bytes.map_or(8 << 20, |size| size.0);
         if !(1..=BODY_BYTES_MAX).contains(&body) {
             return Err("local.max_body_bytes: must be from 1 to 32MiB".to_owned());
         }
-        Ok(Local {
+        let local = Local {
             listen,
             token,
             allowed_hosts: self.allowed_hosts.unwrap_or_default(),
@@ -57,13 +51,29 @@ impl LocalWritten {
             socket_group: self.socket_group.as_deref().map(group_id).transpose()?,
             max_body_bytes: body as usize,
             max_connections: self.max_connections.map_or(1_024, NonZeroU32::get),
-        })
+        };
+        if let Listen::Tcp(address) = &local.listen {
+            local.may_listen_on(*address)?;
+        }
+        Ok(local)
+    }
+}
+
+impl Local {
+    /// Whether this may be served at an address (contract §2), which may be another one than `listen`: systemd's.
+    ///
+    /// # Errors
+    /// What it needs.
+    pub fn may_listen_on(&self, address: SocketAddr) -> Result<(), String> {
+        if is_exposed(address) && self.token.is_none() {
+            return Err(format!("local.listen: {address} is beyond loopback: that needs local.token_file"));
+        }
+        Ok(())
     }
 }
 
 /// Whether an address is beyond loopback.
-#[must_use]
-pub fn is_exposed(address: SocketAddr) -> bool {
+pub(super) fn is_exposed(address: SocketAddr) -> bool {
     !address.ip().to_canonical().is_loopback()
 }
 

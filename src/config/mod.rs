@@ -24,7 +24,7 @@ use self::endpoint::EndpointWritten;
 pub use self::endpoint::{ClientCert, Defaults, Endpoint, Endpoints, Entry, Source, UrlRule};
 use self::files::{Files, expand};
 use self::local::BODY_BYTES_MAX;
-pub use self::local::{Local, is_exposed};
+pub use self::local::Local;
 use self::open_api::OpenApiWritten;
 pub use self::open_api::{Account, OpenApi, ServerTls};
 use self::values::{EndpointKey, Positive, Size, Time};

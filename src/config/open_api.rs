@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
+use super::local::is_exposed;
 use super::values::{Secret, Time};
 use super::{Files, endpoint, expand};
 use crate::domain::endpoint::Plugin;
@@ -87,16 +88,6 @@ const TOLERANCE_MAX: Duration = Duration::from_secs(24 * 3_600);
 impl OpenApiWritten {
     pub(super) fn check(self, files: &mut Files) -> Result<OpenApi, String> {
         let tls = self.tls.map(|written| written.check(files)).transpose()?;
-        if let Some(listen) = self.listen
-            && super::is_exposed(listen)
-            && tls.is_none()
-            && self.behind_tls_proxy != Some(true)
-        {
-            return Err(format!(
-                "open_api.listen: {listen} is beyond loopback: that needs open_api.tls, \
-                 or open_api.behind_tls_proxy = true"
-            ));
-        }
         let mut accounts: Vec<Account> = Vec::new();
         for written in self.accounts.unwrap_or_default() {
             let account = written.check(files)?;
@@ -109,7 +100,7 @@ impl OpenApiWritten {
         if timestamp_tolerance.is_zero() || timestamp_tolerance > TOLERANCE_MAX {
             return Err("open_api.timestamp_tolerance: must be longer than 0 and at most 24h".to_owned());
         }
-        Ok(OpenApi {
+        let open_api = OpenApi {
             listen: self.listen,
             behind_tls_proxy: self.behind_tls_proxy == Some(true),
             tls,
@@ -117,7 +108,27 @@ impl OpenApiWritten {
             rate_limit_per_minute: self.rate_limit_per_minute.unwrap_or(600),
             timestamp_tolerance,
             max_connections: self.max_connections.map_or(1_024, NonZeroU32::get),
-        })
+        };
+        if let Some(address) = open_api.listen {
+            open_api.may_listen_on(address)?;
+        }
+        Ok(open_api)
+    }
+}
+
+impl OpenApi {
+    /// Whether this may be served at an address (contract §2), which may be another one than `listen`: systemd's.
+    ///
+    /// # Errors
+    /// What it needs.
+    pub fn may_listen_on(&self, address: SocketAddr) -> Result<(), String> {
+        if is_exposed(address) && self.tls.is_none() && !self.behind_tls_proxy {
+            return Err(format!(
+                "open_api.listen: {address} is beyond loopback: that needs open_api.tls, \
+                 or open_api.behind_tls_proxy = true"
+            ));
+        }
+        Ok(())
     }
 }
 

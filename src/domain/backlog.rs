@@ -50,7 +50,6 @@ pub struct Group {
     settled: Vec<u64>,
     live: u32,
     live_bytes: u64,
-    bytes: u64,
 }
 
 impl Group {
@@ -168,7 +167,6 @@ impl Backlog {
         }
         group.live += 1;
         group.live_bytes += u64::from(bytes);
-        group.bytes += u64::from(bytes);
         Some(Handle::new(slot, place as u32))
     }
 

@@ -21,6 +21,9 @@ pub enum Toggle {
 }
 
 impl Toggle {
+    /// Every one.
+    pub const ALL: [Toggle; 3] = [Toggle::Auto, Toggle::On, Toggle::Off];
+
     /// The contract's word for it.
     #[must_use]
     pub fn as_str(self) -> &'static str {

@@ -59,6 +59,12 @@ impl EndpointName {
         EndpointName(plugin.0)
     }
 
+    /// Which endpoints may take a plugin's events, the first one that there is: its own, then the default.
+    pub fn that_take(plugin: Plugin) -> impl Iterator<Item = EndpointName> {
+        let own = Some(EndpointName::of(plugin)).filter(|own| *own != EndpointName::DEFAULT);
+        own.into_iter().chain([EndpointName::DEFAULT])
+    }
+
     /// Reads a name of any endpoint there may be, `survey` included.
     ///
     /// # Errors

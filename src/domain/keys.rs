@@ -45,9 +45,7 @@ impl HashKey {
 
     /// The lanes that a customer's pushes of a plugin may wait in, with their endpoints.
     pub fn lanes(&self, plugin: Plugin, web_token: &str) -> impl Iterator<Item = (EndpointName, LaneKey)> {
-        let own = Some(EndpointName::of(plugin)).filter(|own| *own != EndpointName::DEFAULT);
-        let names = own.into_iter().chain([EndpointName::DEFAULT]);
-        names.map(move |endpoint| (endpoint, self.lane(endpoint, plugin, web_token)))
+        EndpointName::that_take(plugin).map(move |endpoint| (endpoint, self.lane(endpoint, plugin, web_token)))
     }
 
     /// The bucket number of a name, over all plugins.

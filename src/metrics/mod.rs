@@ -11,6 +11,7 @@ use prometheus::{
 
 pub use self::endpoints::{EndpointMetrics, EndpointNow};
 use self::endpoints::{Endpoints, Scraped};
+use crate::domain::customer::Toggle;
 use crate::domain::endpoint::EndpointName;
 use crate::domain::gate::Suppressed;
 
@@ -18,7 +19,11 @@ use crate::domain::gate::Suppressed;
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4";
 
 /// The path that nearly all requests are for.
-const EVENTS_PATH: &str = "/v1/events";
+pub const EVENTS: &str = "/v1/events";
+/// The call that sets and reads a customer's switch.
+pub const H5PUSH: &str = "/open_api_v1/im/h5push";
+/// The call that takes a rating.
+pub const SURVEY: &str = "/open_api_v1/im/sessions/survey";
 
 const ATTEMPT_BUCKETS: &[f64] = &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 15.0];
 const LATENCY_BUCKETS: &[f64] = &[
@@ -123,7 +128,7 @@ const STORE_OPS: [&str; 8] = ["append", "sync", "queue", "read", "bury", "checkp
 /// What becomes of surveys.
 const SURVEYS: [&str; 3] = ["queued", "rejected", "refused"];
 /// The open API's calls, and what they answer.
-const OPEN_API_PATHS: [&str; 2] = ["/open_api_v1/im/h5push", "/open_api_v1/im/sessions/survey"];
+const OPEN_API_PATHS: [&str; 2] = [H5PUSH, SURVEY];
 const OPEN_API_CODES: [&str; 6] = ["1000", "2000", "2059", "2060", "2062", "5000"];
 /// What can be damaged.
 const DAMAGE: [&str; 6] = ["journal", "torn_tail", "queue", "checkpoint", "dead_letters", "state_log"];
@@ -146,7 +151,7 @@ impl Metrics {
         )?;
         let metrics = Metrics {
             queued: events.with_label_values(&["queued", ""]),
-            accepted_requests: local_requests.with_label_values(&[EVENTS_PATH, "202"]),
+            accepted_requests: local_requests.with_label_values(&[EVENTS, "202"]),
             events,
             local_requests,
             store: StoreMetrics {
@@ -214,8 +219,8 @@ impl Metrics {
         for what in DAMAGE {
             self.store.damage.with_label_values(&[what]);
         }
-        for state in ["on", "off", "auto"] {
-            self.toggles.with_label_values(&[state]);
+        for state in Toggle::ALL {
+            self.toggles.with_label_values(&[state.as_str()]);
         }
         for outcome in SURVEYS {
             self.surveys.with_label_values(&[outcome]);
@@ -255,7 +260,7 @@ impl Metrics {
 
     /// Counts a request on `[local]`. `path` is a route, never what was asked for.
     pub fn count_request(&self, path: &'static str, code: u16) {
-        if path == EVENTS_PATH && code == 202 {
+        if path == EVENTS && code == 202 {
             return self.accepted_requests.inc();
         }
         self.local_requests.with_label_values(&[path, code.to_string().as_str()]).inc();

@@ -350,23 +350,20 @@ async fn survey_answer(
     let mut body = response.into_body();
     let mut text = Vec::new();
     let read = tokio::time::timeout_at(deadline, async {
-        while let Some(frame) = body.frame().await {
-            match frame {
-                Ok(frame) => text.extend_from_slice(frame.data_ref().unwrap_or(&Bytes::new())),
-                Err(error) => return Err(error.to_string()),
-            }
-            if text.len() > BODY_MAX {
-                return Ok(false);
+        // A body that is longer has no code.
+        while text.len() <= BODY_MAX {
+            match body.frame().await {
+                Some(Ok(frame)) => text.extend_from_slice(frame.data_ref().unwrap_or(&Bytes::new())),
+                Some(Err(error)) => return Err(error.to_string()),
+                None => break,
             }
         }
-        Ok(true)
+        Ok(())
     });
     match read.await {
         Err(_) => return Report::Timeout.into(),
         Ok(Err(error)) => return Seen { report: Report::Io, detail: Some(error) },
-        // No body with a code is as long; its connection is of no use.
-        Ok(Ok(false)) => return Report::survey(status, &[]).into(),
-        Ok(Ok(true)) => {}
+        Ok(Ok(())) => {}
     }
     // An IM server that answers before it has read the request may never read the rest.
     if let Ok(Ok(())) = tokio::time::timeout_at(deadline, sender.ready()).await {

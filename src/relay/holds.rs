@@ -39,7 +39,7 @@ impl Relay {
 
     /// Forgets it.
     pub(super) fn drop_hold(&self, name: EndpointName) {
-        if self.store.settings().contains_key(&key(name)) {
+        if self.store.has_setting(&key(name)) {
             self.store.note_setting(&key(name), None);
         }
     }

@@ -31,7 +31,7 @@ use crate::config::{Endpoints, UrlRule};
 use crate::domain::backlog::Handle;
 use crate::domain::endpoint::EndpointName;
 use crate::domain::push::PushBounds;
-use crate::domain::schedule::{LaneId, Schedule, Start};
+use crate::domain::schedule::{LaneId, Schedule, Start, micros};
 use crate::domain::verdict::Verdict;
 use crate::metrics::{EndpointMetrics, Metrics};
 use crate::store::{Compacted, Item, Note, Notice, Position, Snapshot, Store};
@@ -388,8 +388,4 @@ async fn sleep_until(at: Option<u64>) {
         None => std::future::pending().await,
         Some(at) => tokio::time::sleep(Duration::from_micros(at.saturating_sub(clock::micros()))).await,
     }
-}
-
-fn micros(duration: Duration) -> u64 {
-    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }

@@ -6,16 +6,13 @@ use std::io;
 use std::path::Path;
 use std::sync::PoisonError;
 
-use serde::{Deserialize, Serialize};
-
 use super::codec::{Ending, Record, StateChange};
 use super::dead_letters::{DeadLetters, LetterId};
-use super::queue::{BLOCK_EVENTS, ID_ROW, IdEntry, IndexEntry, PositionRow, Queue, QueueError};
+use super::queue::{BLOCK_EVENTS, ID_ROW, IdEntry, IndexEntry, PositionRow, Queue, QueueError, RetryRow};
 use super::segment::{self, Frame};
 use super::state_log::StateLog;
 use super::{Inner, Position, lock, state};
 use crate::domain::keys::HashKey;
-use crate::domain::schedule::Retry;
 
 /// State log bytes beyond which it may be written anew.
 const STATE_LOG_MIN: u64 = 16 << 20;
@@ -23,15 +20,6 @@ const STATE_LOG_MIN: u64 = 16 << 20;
 const ROW_BYTES: usize = 150;
 /// Changes of customers and names that are gathered before their rows are changed.
 const CHANGES_MAX: usize = 8_192;
-
-/// A lane's retry state as a row.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub(super) struct RetryRow {
-    pub lane: u64,
-    pub head: u64,
-    pub retry: Retry,
-    pub due_ms: u64,
-}
 
 /// Applies the journal to the queue's rows.
 #[derive(Debug)]
@@ -223,20 +211,13 @@ impl Applier {
     fn apply_frame(&mut self, queue: &Queue, frame: &Frame) -> Result<(), QueueError> {
         match Record::decode(frame.body()) {
             Some(Record::Accepted(event)) => {
-                let second = (event.accepted_ms / 1_000) as u32;
-                self.block.push(IndexEntry {
-                    seq: frame.header.seq,
-                    lane: event.lane.0,
-                    endpoint: event.endpoint.number(),
-                    offset: frame.header.offset,
-                    second,
-                    len: frame.header.frame_len() as u32,
-                });
+                let entry = IndexEntry::of(frame, &event);
+                self.block.push(entry);
                 if self.block.len() == BLOCK_EVENTS {
                     self.end_block(queue)?;
                     self.at.block += 1;
                 }
-                let seq = frame.header.seq;
+                let IndexEntry { seq, second, .. } = entry;
                 self.push_id(queue, IdEntry { key: event.key.to_le_bytes(), second, seq, ended: None })
             }
             Some(Record::Settled(settled)) => {
@@ -249,7 +230,7 @@ impl Applier {
             }
             Some(Record::Deferred(deferred)) => {
                 let (lane, head, retry, due_ms) = (deferred.lane.0, deferred.head, deferred.retry, deferred.due_ms);
-                queue.put_retry(lane, &RetryRow { lane, head, retry, due_ms })
+                queue.put_retry(&RetryRow { lane, head, retry, due_ms })
             }
             Some(Record::State(change)) => {
                 let here = Position { segment: self.at.segment, offset: frame.header.offset };

@@ -276,9 +276,7 @@ impl Writer {
             // What was noted since the last sync, within the group or behind it, is noted again: twice does no harm.
             let mut noted = Vec::new();
             let keep = |frame: &segment::Frame| {
-                let is_noted =
-                    matches!(Record::decode(frame.body()), Some(Record::Settled(_))) || is_deferred(frame.body());
-                if is_noted {
+                if matches!(Record::decode(frame.body()), Some(Record::Settled(_) | Record::Deferred(_))) {
                     noted.push(frame.body().to_vec());
                 }
             };

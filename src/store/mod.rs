@@ -194,6 +194,12 @@ impl Store {
         lock(&self.inner.admission).settings.clone()
     }
 
+    /// Whether there is a text by that key.
+    #[must_use]
+    pub fn has_setting(&self, key: &str) -> bool {
+        lock(&self.inner.admission).settings.contains_key(key)
+    }
+
     /// Who reads the events of a slot; `None` when there is no such segment any more.
     #[must_use]
     pub fn reader(&self, slot: u16) -> Option<Reader> {

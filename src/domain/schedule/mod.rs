@@ -285,6 +285,8 @@ impl Schedule {
     }
 }
 
-fn micros(duration: Duration) -> u64 {
+/// A length of time in the unit of the schedule.
+#[must_use]
+pub fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }

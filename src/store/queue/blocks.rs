@@ -2,6 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::store::codec::Accepted;
+use crate::store::segment::Frame;
+
 /// Events of an index row.
 pub(in crate::store) const BLOCK_EVENTS: usize = 128;
 
@@ -14,6 +17,20 @@ pub(in crate::store) struct IndexEntry {
     pub offset: u32,
     pub second: u32,
     pub len: u32,
+}
+
+impl IndexEntry {
+    /// The entry of an event, by its record.
+    pub(in crate::store) fn of(frame: &Frame, event: &Accepted<'_>) -> IndexEntry {
+        IndexEntry {
+            seq: frame.header.seq,
+            lane: event.lane.0,
+            endpoint: event.endpoint.number(),
+            offset: frame.header.offset,
+            second: (event.accepted_ms / 1_000) as u32,
+            len: frame.header.frame_len() as u32,
+        }
+    }
 }
 
 /// Index entries, each number as the difference to the entry before.

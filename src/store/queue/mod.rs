@@ -20,6 +20,7 @@
 mod blocks;
 mod buckets;
 mod copy;
+mod rows;
 
 use std::any::Any;
 use std::cell::Cell;
@@ -34,10 +35,10 @@ use self::blocks::{pack, unpack};
 use self::buckets::BUCKET_LOCKS;
 use self::copy::Copying;
 pub(in crate::store) use self::copy::{highest, remove_others};
-use super::codec::Ending;
+pub(in crate::store) use self::rows::{IdEntry, PositionRow, RetryRow};
 use super::{lock, segment};
+use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
 
 /// Largest row, in bytes.
 const ROW_MAX: usize = 4_096;
@@ -137,33 +138,6 @@ pub(in crate::store) struct Queue {
 /// The directory of a number below the data directory. Numbers count how often the rows were copied into a new one.
 pub(in crate::store) fn path(dir: &Path, number: u64) -> PathBuf {
     if number == 0 { dir.join("queue") } else { dir.join(format!("queue-{number}")) }
-}
-
-/// Up to where the journal is applied.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(in crate::store) struct PositionRow {
-    pub segment: u64,
-    pub offset: u32,
-    /// The state log that goes with it, and its length then.
-    pub state_log: u64,
-    pub state_len: u64,
-    /// About how much of the state log is out of date, in bytes.
-    pub state_dead: u64,
-    /// Number of the next idempotency key.
-    pub next_id: u64,
-    /// The index row that is being filled.
-    pub block: u32,
-}
-
-/// One idempotency key in its row.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(in crate::store) struct IdEntry {
-    pub key: [u8; 16],
-    pub second: u32,
-    /// The event's sequence number.
-    pub seq: u64,
-    /// How it ended, and when, in Unix seconds.
-    pub ended: Option<(Ending, u32)>,
 }
 
 impl Queue {
@@ -288,8 +262,8 @@ impl Queue {
         self.remove_row(&numbered(b'd', row)).map(drop)
     }
 
-    pub(in crate::store) fn put_retry<T: Serialize>(&self, lane: u64, retry: &T) -> Result<(), QueueError> {
-        self.put_row(&numbered(b'r', lane), retry)
+    pub(in crate::store) fn put_retry(&self, row: &RetryRow) -> Result<(), QueueError> {
+        self.put_row(&numbered(b'r', row.lane), row)
     }
 
     pub(in crate::store) fn remove_retry(&self, lane: u64) -> Result<(), QueueError> {
@@ -297,7 +271,7 @@ impl Queue {
     }
 
     /// Every lane that waits after a failure. At start only.
-    pub(in crate::store) fn retries<T: DeserializeOwned>(&self) -> Result<Vec<T>, QueueError> {
+    pub(in crate::store) fn retries(&self) -> Result<Vec<RetryRow>, QueueError> {
         guarded(|| {
             let mut all = Vec::new();
             for row in self.db.scan_prefix(b"r") {

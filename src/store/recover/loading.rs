@@ -192,13 +192,5 @@ fn withdraws(change: &StateChange) -> Option<(Plugin, &str)> {
 
 /// What an index row says of an event; `None` for any other record.
 pub(in crate::store) fn index_entry(frame: &Frame) -> Option<IndexEntry> {
-    let event = Record::decode(frame.body())?.into_event()?;
-    Some(IndexEntry {
-        seq: frame.header.seq,
-        lane: event.lane.0,
-        endpoint: event.endpoint.number(),
-        offset: frame.header.offset,
-        second: (event.accepted_ms / 1_000) as u32,
-        len: frame.header.frame_len() as u32,
-    })
+    Some(IndexEntry::of(frame, &Record::decode(frame.body())?.into_event()?))
 }

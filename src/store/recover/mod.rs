@@ -24,7 +24,7 @@ pub(super) use self::loading::index_entry;
 use self::loading::{Loading, Unrecorded, index_rows};
 use self::segments::Found;
 use super::admission::Admission;
-use super::applier::{Applier, RetryRow};
+use super::applier::Applier;
 use super::checkpoint::Checkpoint;
 use super::dead_letters::{DeadLetters, DeadMark};
 use super::disk::{RESERVE_BYTES, dead_dir, free_bytes, journal_dir, release_reserve};
@@ -334,7 +334,7 @@ impl Opening<'_> {
     }
 
     fn restore_retries(&self, queue: &Queue, schedule: &mut Schedule, segments: &Segments) {
-        let rows: Vec<RetryRow> = match queue.retries() {
+        let rows = match queue.retries() {
             Ok(rows) => rows,
             Err(error) => {
                 tracing::error!(%error, "retry state cannot be read: everything that waits is due now");
