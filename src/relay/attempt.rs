@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use bytes::Bytes;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
-use super::deliverer::{Connection, Deliverer, Push, Seen, Target};
+use super::deliverer::{Connection, Deliverer, Push, Seen};
+use super::target::Target;
 use super::{FREE_BYTES, Rules};
 use crate::clock;
 use crate::domain::endpoint::EndpointName;

@@ -6,8 +6,8 @@
 
 use std::future::poll_fn;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full, Limited};
@@ -16,20 +16,18 @@ use hyper::client::conn::http1::SendRequest;
 use hyper::header::{self, HeaderMap, HeaderName, HeaderValue};
 use hyper::rt::Write as _;
 use hyper::{Request, Response, Uri};
-use hyper_rustls::HttpsConnector;
 use rustls::pki_types::CertificateDer;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::Semaphore;
 use tower_service::Service;
 
 use super::dialer::{Dialer, dial_error};
 use super::resolver::Resolver;
+use super::target::Target;
 use crate::clock;
 use crate::config::{Endpoint, UrlRule};
 use crate::domain::endpoint::EndpointName;
 use crate::domain::verdict::{self, Report};
 
-/// How long a connection is kept idle: receivers commonly close them after 60 s or more.
-const IDLE_LIMIT: Duration = Duration::from_secs(30);
 /// Most connections that are kept, over all endpoints: each takes some 40 KB.
 const KEPT_MAX: usize = 1_024;
 /// An answer's body is read up to this, then its connection is dropped.
@@ -45,79 +43,6 @@ static WEBHOOK_SIGNATURE: HeaderName = HeaderName::from_static("webhook-signatur
 static H5PUSH_ATTEMPT: HeaderName = HeaderName::from_static("h5push-attempt");
 /// Headers of a push beside the endpoint's own: these, `host`, `content-type`, `user-agent`, hyper's `content-length`.
 const OWN_HEADERS: usize = 8;
-
-/// An endpoint as the deliverer uses it: its config, how to connect to it, and its idle connections, which go with it.
-pub struct Target {
-    /// As configured.
-    pub endpoint: Endpoint,
-    pub(super) rule: Arc<UrlRule>,
-    connector: HttpsConnector<Dialer>,
-    host: Option<HeaderValue>,
-    /// Path and query of its URL.
-    path: Uri,
-    idle: Mutex<Vec<Idle>>,
-    /// For connections that are kept: of this endpoint, and of all.
-    may_keep: [Arc<Semaphore>; 2],
-}
-
-#[derive(Debug)]
-struct Idle {
-    sender: SendRequest<Full<Bytes>>,
-    since: Instant,
-    _permits: Permits,
-}
-
-/// The right to keep a connection after its attempt.
-type Permits = [OwnedSemaphorePermit; 2];
-
-impl std::fmt::Debug for Target {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Target({})", self.endpoint.name)
-    }
-}
-
-impl Target {
-    /// What a connection is kept by. Over all endpoints they are bounded too: descriptors are left for attempts and
-    /// callers.
-    fn permits(&self) -> Option<Permits> {
-        let [own, all] = &self.may_keep;
-        Some([Arc::clone(own).try_acquire_owned().ok()?, Arc::clone(all).try_acquire_owned().ok()?])
-    }
-
-    fn take_idle(&self) -> Option<SendRequest<Full<Bytes>>> {
-        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
-        while let Some(found) = idle.pop() {
-            if found.sender.is_ready() && found.since.elapsed() < IDLE_LIMIT {
-                return Some(found.sender);
-            }
-        }
-        None
-    }
-
-    fn give_back(&self, sender: SendRequest<Full<Bytes>>) {
-        if let Some(permits) = self.permits() {
-            self.keep(sender, permits);
-        }
-    }
-
-    fn keep(&self, sender: SendRequest<Full<Bytes>>, permits: Permits) {
-        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
-        if !sender.is_closed() {
-            idle.push(Idle { sender, since: clock::now(), _permits: permits });
-        }
-    }
-
-    /// Closes connections that have been idle for long. Says whether any is left.
-    pub fn reap(&self) -> bool {
-        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
-        idle.retain(|idle| !idle.sender.is_closed() && idle.since.elapsed() < IDLE_LIMIT);
-        !idle.is_empty()
-    }
-
-    fn forget_idle(&self) {
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner).clear();
-    }
-}
 
 /// The sender of pushes.
 #[derive(Clone)]

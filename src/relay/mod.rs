@@ -9,6 +9,7 @@ mod dialer;
 mod holds;
 mod reports;
 mod resolver;
+mod target;
 mod withdrawals;
 
 use std::collections::{HashMap, HashSet};
@@ -22,9 +23,9 @@ use self::attempt::{Done, Job, Stage};
 use self::burials::{Buried, BuryWaiter};
 pub use self::commands::{AttemptsSeen, Command, Configure, LaneShown, Tested, View};
 pub use self::deliverer::Deliverer;
-use self::deliverer::Target;
 pub use self::descriptors::max_in_flight;
 pub use self::holds::holds;
+use self::target::Target;
 use self::withdrawals::Withdrawing;
 use crate::clock;
 use crate::config::{Endpoints, UrlRule};
