@@ -39,7 +39,7 @@ pub enum AttemptResult {
     Ok,
     /// A refusal.
     Refused,
-    /// Any other non-2xx, or a survey's 2xx with a code other than 1000.
+    /// Any other non-2xx, or a survey's 2xx with another code than 1000 and those that are refusals.
     ErrorStatus,
     /// No head in time.
     Timeout,

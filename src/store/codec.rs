@@ -141,7 +141,7 @@ pub(super) enum StateChange {
     DropCustomer { plugin: Plugin, web_token: String },
     /// A name means this customer now; `None`: nobody.
     Name { kind: NameKind, plugin: Plugin, name: String, web_token: Option<String> },
-    /// Something that an operator set; `None`: unset. See [`super::Store::set`].
+    /// Something that an operator set or a receiver asked for; `None`: unset. See [`super::Store::set`].
     Setting { key: String, value: Option<String> },
     /// A signed call's nonce is used up, and to be remembered until then, in Unix seconds.
     Nonce { key: u128, until_s: u64 },

@@ -14,7 +14,7 @@
 //! | `n` bucket page | other names of customers |
 //! | `d` row | idempotency keys |
 //! | `r` lane | what the head of a lane waits with |
-//! | `s` key | what operators have set |
+//! | `s` key | what operators have set and receivers asked for |
 //! | `o` moment nonce | nonces that were used |
 
 mod blocks;
