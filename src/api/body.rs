@@ -11,6 +11,7 @@ use hyper::{Request, header};
 use tokio::sync::{OwnedSemaphorePermit, SemaphorePermit};
 
 use super::answer::{ApiError, Code, error};
+use super::seats::Sitting;
 use super::{Api, POSTING_KIB};
 
 /// How long a body may take, whole.
@@ -31,35 +32,83 @@ pub(super) struct Body {
 
 pub(super) async fn read_body(api: &Api, request: Request<Incoming>, bytes_max: usize) -> Result<Body, ApiError> {
     let too_large = || error(Code::TooLarge, format!("body: must be at most {bytes_max} bytes"));
-    let is_expecting = request.headers().contains_key(header::EXPECT);
-    let mut body = request.into_body();
-    let hint = body.size_hint();
-    let too_slow = || error(Code::RequestTimeout, format!("body: took longer than {} s", BODY_LIMIT.as_secs()));
+    let mut incoming = Coming::new(request);
+    let hint = incoming.body.size_hint();
     let read = match hint.exact() {
         _ if hint.lower() > bytes_max as u64 => Err(too_large()),
-        Some(bytes) => {
-            let read = tokio::time::timeout(BODY_LIMIT, announced(api, &mut body, bytes as usize));
-            read.await.unwrap_or_else(|_| Err(too_slow()))
-        }
+        Some(bytes) => incoming.within(BODY_LIMIT, async |body| announced(api, body, bytes as usize).await).await,
         None => {
-            let read = tokio::time::timeout(BODY_LIMIT, unannounced(api, &mut body, bytes_max));
-            match read.await.unwrap_or_else(|_| Err(too_slow())) {
-                Ok(read) => read.ok_or_else(too_large),
-                Err(error) => Err(error),
-            }
+            let read = incoming.within(BODY_LIMIT, async |body| unannounced(api, body, bytes_max).await).await;
+            read.and_then(|read| read.ok_or_else(too_large))
         }
     };
-    if read.as_ref().is_err_and(|error| error.code == Code::TooLarge) && !is_expecting {
-        discard(&mut body, DISCARD_MAX).await;
+    if read.as_ref().is_err_and(|error| error.code == Code::TooLarge) {
+        incoming.discard(DISCARD_MAX).await;
     }
     read
 }
 
+/// A body that is coming in.
+struct Coming {
+    body: Incoming,
+    /// The caller waits to be told that it may send it.
+    is_expecting: bool,
+    seat: Option<Arc<Sitting>>,
+}
+
+impl Coming {
+    fn new(request: Request<Incoming>) -> Coming {
+        let is_expecting = request.headers().contains_key(header::EXPECT);
+        let seat = request.extensions().get().cloned();
+        Coming { body: request.into_body(), is_expecting, seat }
+    }
+
+    /// Reads for so long, and less where others wait for the seat.
+    async fn within<T>(
+        &mut self,
+        limit: Duration,
+        read: impl AsyncFnOnce(&mut Incoming) -> Result<T, ApiError>,
+    ) -> Result<T, ApiError> {
+        let Coming { body, seat, .. } = self;
+        let hurried = async {
+            match seat {
+                Some(seat) => seat.hurried().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            biased;
+            read = read(body) => read,
+            () = hurried => Err(error(Code::RequestTimeout, "body: did not come, and others wait")),
+            () = tokio::time::sleep(limit) => {
+                Err(error(Code::RequestTimeout, format!("body: took longer than {} s", limit.as_secs())))
+            }
+        }
+    }
+
+    /// Reads on for a while: who sends all before looking for an answer would find the connection broken instead.
+    async fn discard(&mut self, bytes_max: usize) {
+        if self.is_expecting {
+            return;
+        }
+        let mut left = bytes_max;
+        let rest = async |body: &mut Incoming| {
+            while let Some(Ok(frame)) = body.frame().await {
+                match left.checked_sub(frame.data_ref().map_or(0, Bytes::len)) {
+                    Some(less) => left = less,
+                    None => break,
+                }
+            }
+            Ok(())
+        };
+        // Whatever came of it.
+        drop(self.within(DISCARD_LIMIT, rest).await);
+    }
+}
+
 /// Lets a request that is refused by its head finish, up to so many bytes, and hands its error on.
 pub(super) async fn refused<E>(request: Request<Incoming>, bytes_max: usize, error: E) -> E {
-    if !request.headers().contains_key(header::EXPECT) {
-        discard(&mut request.into_body(), bytes_max).await;
-    }
+    Coming::new(request).discard(bytes_max).await;
     error
 }
 
@@ -100,20 +149,6 @@ async fn room(api: &Api, bytes: usize) -> Result<OwnedSemaphorePermit, ApiError>
 
 fn broken_off() -> ApiError {
     error(Code::InvalidRequest, "body: broken off")
-}
-
-/// Reads on for a while: who sends all before looking for an answer would find the connection broken instead.
-async fn discard(body: &mut Incoming, bytes_max: usize) {
-    let mut left = bytes_max;
-    let rest = async {
-        while let Some(Ok(frame)) = body.frame().await {
-            match left.checked_sub(frame.data_ref().map_or(0, Bytes::len)) {
-                Some(less) => left = less,
-                None => break,
-            }
-        }
-    };
-    drop(tokio::time::timeout(DISCARD_LIMIT, rest).await);
 }
 
 /// Waits until a large request may be worked at. Together they take so much memory at once, and a few of them keep the

@@ -57,7 +57,7 @@ pub(super) async fn list(api: &Api, query: &Query) -> Result<Answer, ApiError> {
         dead_letters: Vec<Shown<'a>>,
         next: Option<String>,
     }
-    let after = query.after.as_deref().map(id).transpose()?;
+    let after = query.after.as_deref().map(|after| id("after", after)).transpose()?;
     let filter = LetterFilter { endpoint: query.endpoint, web_token: query.web_token.clone() };
     let (letters, ids) = fetch(api, filter, after, query.limit).await?;
     let next = ids.last().filter(|_| ids.len() == query.limit).map(LetterId::to_string);
@@ -76,12 +76,13 @@ fn is_of(dead: &Dead<'_>, web_token: Option<&str>) -> bool {
 }
 
 pub(super) async fn show(api: &Api, named: &str) -> Result<Answer, ApiError> {
-    let id = id(named)?;
+    let unknown = || error(Code::NotFound, format!("id: there is no dead letter {named}"));
+    let id: LetterId = named.parse().map_err(|_| unknown())?;
     let store = api.store.clone();
     let read = tokio::task::spawn_blocking(move || store.letter(id)).await.map_err(|_| busy())?;
     let letter = read.map_err(unreadable)?;
     let found = letter.as_ref().and_then(|letter| Some((letter, letter.dead()?)));
-    let (letter, dead) = found.ok_or_else(|| error(Code::NotFound, format!("id: there is no dead letter {id}")))?;
+    let (letter, dead) = found.ok_or_else(unknown)?;
     Ok(answer::json(StatusCode::OK, &shown(letter, &dead, true)))
 }
 
@@ -105,8 +106,10 @@ fn select(body: &[u8]) -> Result<Selected, ApiError> {
     let selector: Selector = json::object(body).map_err(wrong)?;
     match (selector.ids, selector.endpoint, selector.all) {
         (Some(ids), None, None) => {
-            let ids: Result<Vec<LetterId>, ApiError> = ids.iter().map(|text| id(text)).collect();
-            ids.map(Selected::Ids)
+            let mut ids = ids.iter().map(|text| id("ids", text)).collect::<Result<Vec<LetterId>, ApiError>>()?;
+            // As they were given up: so those of a lane come back in its order.
+            ids.sort_unstable();
+            Ok(Selected::Ids(ids))
         }
         (None, Some(endpoint), None) => {
             let endpoint = EndpointName::any(&endpoint).map_err(|bad| wrong(format!("endpoint: {bad}")))?;
@@ -117,8 +120,8 @@ fn select(body: &[u8]) -> Result<Selected, ApiError> {
     }
 }
 
-fn id(text: &str) -> Result<LetterId, ApiError> {
-    text.parse().map_err(|bad| error(Code::InvalidRequest, format!("id: {bad}")))
+fn id(field: &str, text: &str) -> Result<LetterId, ApiError> {
+    text.parse().map_err(|bad| error(Code::InvalidRequest, format!("{field}: {bad}")))
 }
 
 /// Goes through the selected letters, some at a time. Those that are given up meanwhile are not among them.

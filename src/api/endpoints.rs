@@ -75,6 +75,11 @@ fn shown(name: EndpointName, endpoint: Option<&Endpoint>, state: &'static str) -
     }
 }
 
+/// Reads the name of an endpoint that should be there: what is no name is not there.
+pub(super) fn known_name(text: &str) -> Result<EndpointName, ApiError> {
+    EndpointName::any(text).map_err(|_| error(Code::NotFound, format!("name: there is no endpoint {text}")))
+}
+
 /// Reads an endpoint's name in a path.
 pub(super) fn name(text: &str) -> Result<EndpointName, ApiError> {
     EndpointName::any(text).map_err(|bad| error(Code::InvalidRequest, format!("name: {bad}")))

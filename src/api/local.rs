@@ -11,7 +11,7 @@ use subtle::ConstantTimeEq as _;
 use super::answer::{Answer, ApiError, Code, error};
 use super::body::{Body, DISCARD_MAX, content_type, read_body, refused, turn, unsupported};
 use super::events::Form;
-use super::query::{Query, decoded};
+use super::query::{Query, decoded, is_utf8};
 use super::udesk::{self, BodyForm};
 use super::{Api, customers, dead_letters, endpoints, events, h5push, metrics, operate, page, survey};
 use crate::config::Secret;
@@ -64,6 +64,9 @@ const ROUTES: [(Route, &str, &str); 19] = [
     (Route::Metrics, "/metrics", "GET, HEAD"),
 ];
 
+/// What may be done with an endpoint.
+const ACTIONS: [&str; 4] = ["/pause", "/resume", "/retry", "/test"];
+
 /// Every path that is no route, as counted in metrics.
 const OTHER: &str = "other";
 
@@ -98,7 +101,7 @@ impl Route {
         let rest = path.strip_prefix("/v1/endpoints/")?;
         match rest.matches('/').count() {
             0 => Some((Route::Endpoint, rest)),
-            1 => Some((Route::EndpointAction, rest)),
+            1 if ACTIONS.iter().any(|action| rest.ends_with(action)) => Some((Route::EndpointAction, rest)),
             _ => None,
         }
     }
@@ -163,7 +166,10 @@ fn admit<'a>(
         }
     }
     let named = decoded(named)?;
-    if route == Route::Endpoint {
+    if !is_udesk && !request.uri().query().is_none_or(|query| is_utf8(query.as_bytes())) {
+        return Err(error(Code::InvalidRequest, "query: must be UTF-8, percent-encoded"));
+    }
+    if route == Route::Endpoint && request.method() == Method::PUT {
         endpoints::name(&named)?;
     }
     Ok((route, named))
@@ -220,15 +226,13 @@ async fn handle(api: &Api, route: Route, named: &str, request: Request<Incoming>
         Route::Customers => customers::get_or_delete(api, &method, &query).await,
         Route::Endpoints => endpoints::list(api).await,
         Route::Endpoint => {
-            let name = endpoints::name(named)?;
             if method == Method::PUT {
+                let name = endpoints::name(named)?;
                 let body = json_body(api, request, bytes_max).await?;
-                endpoints::put(api, name, &body.bytes).await
-            } else if method == Method::DELETE {
-                endpoints::delete(api, name).await
-            } else {
-                endpoints::show(api, name).await
+                return endpoints::put(api, name, &body.bytes).await;
             }
+            let name = endpoints::known_name(named)?;
+            if method == Method::DELETE { endpoints::delete(api, name).await } else { endpoints::show(api, name).await }
         }
         Route::H5push | Route::Survey => {
             let form = match body_form(&request) {

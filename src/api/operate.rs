@@ -264,10 +264,7 @@ pub(super) async fn bury(api: &Api, body: &[u8]) -> Result<Answer, ApiError> {
 /// `POST /v1/endpoints/{name}/{action}`.
 pub(super) async fn act(api: &Api, named: &str) -> Result<Answer, ApiError> {
     let (name, action) = named.split_once('/').unwrap_or((named, ""));
-    let name = endpoints::name(name)?;
-    if !matches!(action, "pause" | "resume" | "retry" | "test") {
-        return Err(error(Code::NotFound, "path: nothing is here"));
-    }
+    let name = endpoints::known_name(name)?;
     if !api.endpoints.load().get(&name).is_some_and(Option::is_some) {
         return Err(error(Code::NotFound, format!("name: there is no endpoint {name}")));
     }

@@ -42,6 +42,11 @@ impl Query {
     }
 }
 
+/// Whether a query or a form is UTF-8, percent-encoded: else another name would be read than was meant.
+pub(super) fn is_utf8(encoded: &[u8]) -> bool {
+    percent_encoding::percent_decode(encoded).decode_utf8().is_ok()
+}
+
 /// What a path names, percent-decoded.
 pub(super) fn decoded(text: &str) -> Result<Cow<'_, str>, ApiError> {
     percent_encoding::percent_decode_str(text)
@@ -72,5 +77,6 @@ mod tests {
         assert_eq!(rfc3339(1_795_000_000_123), "2026-11-18T11:06:40.123Z");
         assert_eq!(decoded("a%2Fb").unwrap(), "a/b");
         assert!(decoded("%ff").is_err());
+        assert!(is_utf8(b"a=%E5%A5%BD&b=+") && !is_utf8(b"a=1&b=%ff") && !is_utf8(b"a=%E5&b=%A5%BD"));
     }
 }

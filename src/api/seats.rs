@@ -1,6 +1,6 @@
 //! As many connections as there may be. When seats run short, connections that have been without a request for longest
-//! make room; when all are busy, some close after the answer they are at. So idle, dripping and flooding clients, however
-//! many, keep nobody out.
+//! make room; when all are busy, some close after the answer they are at, and what has not come of their bodies is not
+//! waited for. So idle, dripping and flooding clients, however many, keep nobody out.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -16,6 +16,8 @@ use crate::clock;
 const SPARE_SHARE: usize = 8;
 /// How long a connection that is to make room waits for a request that may be on its way.
 const GRACE: Duration = Duration::from_millis(15);
+/// How long the rest of a request's body may take then.
+const BODY_GRACE: Duration = Duration::from_millis(250);
 /// How long those that are to make room may take, before others are asked.
 const ASK_AGAIN: Duration = Duration::from_millis(50);
 
@@ -35,12 +37,21 @@ struct Taken {
     seats: HashMap<u64, Arc<Sitting>>,
 }
 
-struct Sitting {
+pub(super) struct Sitting {
     /// Since when there is no request, microseconds of [`clock::micros`]; [`BUSY`] while there is one.
     idle_since: AtomicU64,
     is_wanted: AtomicBool,
     wanted: Notify,
     begun: Notify,
+    hurried: Notify,
+}
+
+impl Sitting {
+    /// Waits until somebody else has waited for this seat for a moment: for a body that does not come.
+    pub(super) async fn hurried(&self) {
+        self.hurried.notified().await;
+        tokio::time::sleep(BODY_GRACE).await;
+    }
 }
 
 const BUSY: u64 = u64::MAX;
@@ -71,6 +82,7 @@ impl Seats {
             is_wanted: AtomicBool::new(false),
             wanted: Notify::new(),
             begun: Notify::new(),
+            hurried: Notify::new(),
         });
         let mut taken = self.taken();
         let number = taken.next;
@@ -99,6 +111,7 @@ impl Seats {
         for seat in stayers.iter().filter_map(|(_, number)| taken.seats.get(number)) {
             seat.is_wanted.store(true, Ordering::Relaxed);
             seat.wanted.notify_one();
+            seat.hurried.notify_one();
         }
     }
 
@@ -116,6 +129,11 @@ pub(super) struct Seat {
 }
 
 impl Seat {
+    /// For whoever reads its request's body.
+    pub(super) fn sitting(&self) -> Arc<Sitting> {
+        Arc::clone(&self.seat)
+    }
+
     /// A request is being served.
     pub(super) fn begin(&self) {
         self.seat.idle_since.store(BUSY, Ordering::Relaxed);

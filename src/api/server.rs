@@ -299,8 +299,9 @@ where
     F: Future<Output = Answer>,
 {
     let seat = &seat;
-    let service = service_fn(|request| {
+    let service = service_fn(|mut request: Request<Incoming>| {
         seat.begin();
+        request.extensions_mut().insert(seat.sitting());
         let answer = handler(request);
         async move {
             let answer = answer.await;
@@ -310,6 +311,8 @@ where
     });
     let connection = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
+        // Who says no more still hears what became of what was said.
+        .half_close(true)
         .header_read_timeout(HEAD_LIMIT)
         .max_buf_size(HEAD_MAX)
         .serve_connection(io, service);

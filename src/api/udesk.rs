@@ -8,6 +8,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::answer::{self, Answer, ApiError, Code};
+use super::query::is_utf8;
 use crate::store::Refusal;
 
 /// Parameters by name. An empty value is an absent one.
@@ -110,6 +111,9 @@ pub(super) fn parameters(query: &str, form: BodyForm, body: &[u8]) -> Result<Par
             Ok(())
         }
     };
+    if !is_utf8(query.as_bytes()) || form == BodyForm::Form && !is_utf8(body) {
+        return Err(wrong("参数错误:必须是 UTF-8 编码"));
+    }
     for (name, value) in form_urlencoded::parse(query.as_bytes()) {
         add(name.into_owned(), value.into_owned())?;
     }

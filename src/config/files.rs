@@ -44,9 +44,8 @@ impl Files {
 
 /// Puts systemd's credentials directory in; outside the service, where the unit's is.
 pub(super) fn expand(path: &Path) -> PathBuf {
-    const VARIABLE: &str = "$CREDENTIALS_DIRECTORY";
     const OF_THE_UNIT: &str = "/run/credentials/h5push-relay.service";
-    match path.strip_prefix(VARIABLE) {
+    match path.strip_prefix("$CREDENTIALS_DIRECTORY").or_else(|_| path.strip_prefix("${CREDENTIALS_DIRECTORY}")) {
         Ok(rest) => {
             let dir = std::env::var_os("CREDENTIALS_DIRECTORY").unwrap_or_else(|| OF_THE_UNIT.into());
             Path::new(&dir).join(rest)

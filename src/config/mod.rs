@@ -271,6 +271,21 @@ impl Config {
     }
 }
 
+/// No two listeners are at one address.
+fn check_apart(local: &Listen, metrics: SocketAddr, open_api: Option<SocketAddr>) -> Result<(), String> {
+    let local = if let Listen::Tcp(address) = local { Some(*address) } else { None };
+    let mut taken: Vec<(&str, SocketAddr)> = Vec::new();
+    for (name, address) in [("local", local), ("metrics", Some(metrics)), ("open_api", open_api)] {
+        // The system chooses where the port is 0.
+        let Some(address) = address.filter(|address| address.port() != 0) else { continue };
+        if let Some((other, _)) = taken.iter().find(|(_, other)| *other == address) {
+            return Err(format!("{name}.listen: {address} is what {other}.listen is already"));
+        }
+        taken.push((name, address));
+    }
+    Ok(())
+}
+
 impl FileWritten {
     fn check(self) -> Result<Config, String> {
         let mut files = Files::default();
@@ -301,6 +316,12 @@ impl FileWritten {
         let extra_ca = extra_ca.map(|path| endpoint::authorities("tls.extra_ca_file", &expand(&path))).transpose()?;
         let local = self.local.unwrap_or_default().check(&mut files)?;
         let open_api = self.open_api.unwrap_or_default().check(&mut files)?;
+        let metrics_listen = metrics.listen.unwrap_or(SocketAddr::from(([127, 0, 0, 1], 9_860)));
+        check_apart(&local.listen, metrics_listen, open_api.listen)?;
+        let data_dir = self.data_dir.unwrap_or_else(|| "/var/lib/h5push-relay".into());
+        if data_dir.as_os_str().is_empty() {
+            return Err("data_dir: must not be empty".to_owned());
+        }
         let time = |written: Option<Time>, default: Duration| written.map_or(default, |time| time.0);
         let positive = |name: &str, time: Duration| {
             if time.is_zero() { Err(format!("{name}: must be longer than 0")) } else { Ok(time) }
@@ -322,10 +343,10 @@ impl FileWritten {
             return Err("log.level: must be error, warn, info, debug or trace".to_owned());
         }
         Ok(Config {
-            data_dir: self.data_dir.unwrap_or_else(|| "/var/lib/h5push-relay".into()),
+            data_dir,
             shutdown_timeout: time(self.shutdown_timeout, Duration::from_secs(15)),
             local,
-            metrics_listen: metrics.listen.unwrap_or(SocketAddr::from(([127, 0, 0, 1], 9_860))),
+            metrics_listen,
             metrics_max_endpoints: metrics.max_endpoints.unwrap_or(1_000),
             max_events: outbox.max_events.unwrap_or(10_000_000),
             max_event_bytes: max_event_bytes as usize,

@@ -259,6 +259,24 @@ fn the_data_directory_is_closed_to_others() {
     assert_eq!(mode & 0o777, 0o700);
 }
 
+/// Also where somebody else has created it.
+#[test]
+fn what_is_stored_is_closed_to_others() {
+    let receiver = Receiver::start();
+    let dir = std::sync::Arc::new(tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap());
+    std::fs::create_dir(dir.path().join("data")).unwrap();
+    std::fs::set_permissions(dir.path().join("data"), std::fs::Permissions::from_mode(0o755)).unwrap();
+    let relay = Relay::start_in(dir, &config(receiver.address, ""));
+    relay.queue(&event("a", "m0"));
+    receiver.wait_delivered(1);
+    let stopped = relay.stop();
+    for entry in std::fs::read_dir(stopped.path().join("data")).unwrap() {
+        let entry = entry.unwrap();
+        let mode = entry.metadata().unwrap().permissions().mode();
+        assert_eq!(mode & 0o077, 0, "{}: {mode:o}", entry.path().display());
+    }
+}
+
 /// A page in a browser can send a form anywhere: it must do nothing here, also where no body is asked for.
 #[test]
 fn a_form_changes_nothing_where_no_body_is_read() {

@@ -280,6 +280,34 @@ fn a_disk_that_another_program_fills_at_random_instants_loses_nothing() {
 }
 
 /// What has been delivered makes the room that the rest needs, also where a kill came while the disk was full.
+/// With no room for a whole segment, but above the floor.
+#[test]
+fn a_small_disk_takes_what_it_has_room_for_and_what_operators_say() {
+    let Some(small) = Small::mount("150m") else { return };
+    let receiver = Receiver::start();
+    let text = config(receiver.address, "[outbox]\nmin_free_disk = \"10MiB\"\n");
+    let dir = Arc::new(tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap());
+    std::os::unix::fs::symlink(small.0.path(), dir.path().join("data")).unwrap();
+    let relay = Relay::start_in(dir, &text);
+    relay.done("POST", "/v1/endpoints/12/pause", &Value::Null);
+    let mut posted = 0;
+    loop {
+        let mut event = event("a", &format!("m{posted}"));
+        event["messages"][0]["content"] = json!("x".repeat(200_000));
+        match relay.post(&event).status {
+            202 => posted += 1,
+            status => break assert_eq!(status, 503),
+        }
+    }
+    println!("{posted} events of 200 KB on 150 MiB");
+    relay.wait_metric("h5push_store_free_bytes", &[], |free| free < 15e6);
+    let customer = json!({ "web_token": "b", "im_web_plugin_id": 12, "toggle": "off" });
+    assert_eq!(relay.put_customer(&customer).status, 200);
+    relay.done("POST", "/v1/endpoints/12/resume", &Value::Null);
+    receiver.wait_delivered(posted);
+    wait_until("room for an event", || relay.post(&event("new", "new")).status == 202);
+}
+
 #[test]
 fn a_disk_that_stays_full_is_freed_by_what_is_delivered() {
     let Some(small) = Small::mount("400m") else { return };

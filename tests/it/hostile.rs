@@ -309,6 +309,44 @@ fn thousands_of_idle_and_dripping_connections_keep_nobody_out() {
     assert!(during < Duration::from_secs(1) + 20 * quiet, "{during:?} beside {quiet:?}");
 }
 
+/// Bodies that were announced and do not come, more than there are places.
+#[test]
+fn bodies_that_do_not_come_keep_nobody_out() {
+    let receiver = Receiver::start();
+    let relay = Relay::start(&config(receiver.address, "[local]\nmax_connections = 20\n"));
+    let refused = format!("POST /v1/events HTTP/1.1\r\nhost: {}\r\ncontent-type: text/plain\r\n", relay.local);
+    let accepted = refused.replace("text/plain", "application/json");
+    for head in [accepted, refused] {
+        let stalled: Vec<TcpStream> = (0..60)
+            .map(|_| {
+                let mut stream = TcpStream::connect(relay.local).unwrap();
+                stream.write_all(format!("{head}content-length: 1000\r\n\r\n{{").as_bytes()).unwrap();
+                stream
+            })
+            .collect();
+        let begun = Instant::now();
+        assert_eq!(get(relay.local, "/healthz").status, 200);
+        let took = begun.elapsed();
+        println!("60 bodies that do not come on 20 places: {took:?}");
+        assert!(took < Duration::from_secs(4), "{took:?}");
+        drop(stalled);
+    }
+}
+
+#[test]
+fn who_has_said_all_hears_the_answer() {
+    let receiver = Receiver::start();
+    let relay = Relay::start(&config(receiver.address, ""));
+    let body = event("a", "m0").to_string();
+    let mut stream = TcpStream::connect(relay.local).unwrap();
+    let head = "POST /v1/events HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json";
+    stream.write_all(format!("{head}\r\ncontent-length: {}\r\n\r\n{body}", body.len()).as_bytes()).unwrap();
+    stream.shutdown(std::net::Shutdown::Write).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 202"), "{answer:?}");
+}
+
 #[test]
 fn a_flood_of_requests_beyond_max_connections_leaves_others_their_turn() {
     let receiver = Receiver::start();

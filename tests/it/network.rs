@@ -147,6 +147,9 @@ fn bad_endpoints_are_refused() {
         let response = relay.call("PUT", &format!("/v1/endpoints/{name}"), &json!({ "url": "https://a.example/" }));
         assert_eq!(response.status, 400, "{name}");
     }
+    for (method, path) in [("GET", "nope"), ("DELETE", "nope"), ("POST", "nope/pause"), ("POST", "12/nope")] {
+        assert_eq!(relay.call(method, &format!("/v1/endpoints/{path}"), &NOTHING).status, 404, "{method} {path}");
+    }
     assert_eq!(relay.call("GET", "/v1/endpoints/13", &NOTHING).status, 404);
     relay.done("PUT", "/v1/endpoints/13", &json!({ "url": "http://10.20.3.4/" }));
 }

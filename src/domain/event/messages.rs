@@ -58,7 +58,7 @@ impl<'de> Deserialize<'de> for Glance<'de> {
                             glance.is_close = map.next_value::<Loose<'de>>()?.text().as_deref() == Some("close");
                         }
                         "im_sub_session_id" => {
-                            glance.has_session = map.next_value::<Loose<'de>>()?.is_positive_integer();
+                            glance.has_session = map.next_value::<Loose<'de>>()?.is_above_zero();
                         }
                         _ => {
                             map.next_value::<IgnoredAny>()?;
@@ -88,7 +88,7 @@ impl<'a> Loose<'a> {
     }
 
     /// A number above 0, also in a decimal string.
-    fn is_positive_integer(&self) -> bool {
+    fn is_above_zero(&self) -> bool {
         match self {
             Loose::Positive => true,
             Loose::Text(text) => {
@@ -121,8 +121,9 @@ impl<'de> Deserialize<'de> for Loose<'de> {
             fn visit_i64<E: de::Error>(self, _: i64) -> Result<Loose<'de>, E> {
                 Ok(Loose::Other)
             }
-            fn visit_f64<E: de::Error>(self, _: f64) -> Result<Loose<'de>, E> {
-                Ok(Loose::Other)
+            fn visit_f64<E: de::Error>(self, number: f64) -> Result<Loose<'de>, E> {
+                // Some writers write whole numbers so, and very large ones come so.
+                Ok(if number > 0.0 { Loose::Positive } else { Loose::Other })
             }
             fn visit_bool<E: de::Error>(self, _: bool) -> Result<Loose<'de>, E> {
                 Ok(Loose::Other)

@@ -161,8 +161,8 @@ impl Endpoint {
         }
     }
 
-    /// Takes new limits; the limiter is kept where rate and burst stay, so that neither a reload nor an endpoint that goes
-    /// and comes opens a second burst.
+    /// Takes new limits. The limiter is kept where rate and burst stay, and another one has no more permits at hand than
+    /// the last one had: neither a reload nor an endpoint that goes and comes opens a second burst.
     pub(super) fn set_limits(&mut self, limits: Limits, clock: &ToldClock) {
         let (rate, burst) = (limits.rate_per_second, limits.burst);
         let is_same =
@@ -172,8 +172,14 @@ impl Endpoint {
             // governor counts in nanoseconds of 64 bits: a burst may not fill more than half of them.
             let period_max = Duration::from_nanos((1 << 62) / u64::from(cells.get()));
             let period = Duration::try_from_secs_f64(1.0 / rate).unwrap_or(period_max);
+            let at_hand = self.limiter.take().map(|(_, _, limiter)| permits(&limiter));
             self.limiter = Quota::with_period(period.clamp(Duration::from_nanos(1), period_max))
                 .map(|quota| (rate, burst, RateLimiter::direct_with_clock(quota.allow_burst(cells), clock.clone())));
+            let used = at_hand.and_then(|at_hand| NonZeroU32::new(burst.saturating_sub(at_hand)));
+            if let (Some((_, _, limiter)), Some(used)) = (&self.limiter, used) {
+                // It has them all.
+                drop(limiter.check_n(used));
+            }
             self.rate_limited_until = 0;
         }
         self.limits = Some(limits);
@@ -263,6 +269,12 @@ impl Endpoint {
         }
         self.down.is_none() && self.streak.failures >= failures_max && self.streak.lanes.len() >= DOWN_LANES_MIN
     }
+}
+
+/// Takes all permits that a limiter has at hand, and says how many these were.
+fn permits(limiter: &Limiter) -> u32 {
+    let powers = (0..u32::BITS).rev().filter_map(|bit| NonZeroU32::new(1 << bit));
+    powers.filter(|count| matches!(limiter.check_n(*count), Ok(Ok(())))).map(NonZeroU32::get).sum()
 }
 
 #[cfg(test)]

@@ -106,6 +106,7 @@ impl Schedule {
 
     /// Configures an endpoint, or changes its limits.
     pub fn put_endpoint(&mut self, name: EndpointName, limits: Limits, now: u64) {
+        self.advance_clock(now);
         let id = self.endpoint_id(name);
         let clock = self.clock.clone();
         if let Some(endpoint) = self.endpoint_mut(id) {

@@ -49,6 +49,37 @@ fn concurrency_is_earned_from_two_and_halved_by_timeouts() {
 }
 
 #[test]
+fn other_limits_open_no_second_burst() {
+    let limits = |rate_per_second, burst| Limits { rate_per_second, burst, concurrency: 1_000 };
+    let mut schedule = one_endpoint(rules(), limits(1.0, 50));
+    for lane in 0..400 {
+        append(&mut schedule, lane, 0, 0, 0);
+    }
+    let mut start_all = |schedule: &mut Schedule, now| {
+        let starts = std::iter::from_fn(|| {
+            let start = schedule.next(now)?;
+            schedule.reported(start.lane, 1, Verdict::Delivered, at(now));
+            Some(())
+        });
+        starts.count()
+    };
+    let mut begun = start_all(&mut schedule, 0);
+    assert_eq!(begun, 50);
+    for (step, (rate, burst)) in [(2.0, 50), (2.0, 40), (3.0, 40), (9.0, 100), (10.0, 100)].into_iter().enumerate() {
+        let now = (step as u64 + 1) * SECOND / 10;
+        schedule.put_endpoint(name(0), limits(rate, burst), now);
+        begun += start_all(&mut schedule, now);
+    }
+    assert!(begun <= 52, "{begun} within a second");
+    // What the new burst has more than the old one comes with the rate.
+    assert_eq!(start_all(&mut schedule, 20 * SECOND), 100);
+    // And what is at hand stays at hand, as far as there is room.
+    schedule.put_endpoint(name(0), limits(1.0, 100), 40 * SECOND);
+    schedule.put_endpoint(name(0), limits(2.0, 30), 40 * SECOND);
+    assert_eq!(start_all(&mut schedule, 40 * SECOND), 30);
+}
+
+#[test]
 fn a_down_endpoint_is_probed_one_at_a_time_untried_lanes_first() {
     let mut schedule = one_endpoint(rules(), Limits { rate_per_second: 1e6, burst: 1_000, concurrency: 6 });
     for lane in 0..3 {
