@@ -66,6 +66,9 @@ pub struct App {
     pub open_api_address: Option<SocketAddr>,
 }
 
+/// How long it may take to note that attempts were given up.
+const NOTED_LIMIT: Duration = Duration::from_secs(1);
+
 impl App {
     /// Opens the store, binds the listeners and starts everything. When this returns, it accepts.
     ///
@@ -234,6 +237,10 @@ impl App {
             && tokio::time::timeout_at(deadline, drained).await.is_err()
         {
             tracing::warn!("attempts in flight are given up: they will be made again");
+            let (reply, noted) = oneshot::channel();
+            if commands.send(Command::GiveUp(reply)).await.is_ok() {
+                drop(tokio::time::timeout(NOTED_LIMIT, noted).await);
+            }
         }
         // Requests that had begun are answered by now, or too slow.
         let answered = async { while listeners.join_next().await.is_some() {} };

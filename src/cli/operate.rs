@@ -9,7 +9,9 @@ use serde_json::{Value, json};
 
 use super::calls::{Customers, DeadLetters, Endpoints, Filter, Lanes, Operate, Toggle};
 use super::http::Client;
-use super::show::{items, number, show_endpoints, show_fields, show_lanes, show_letters, show_status, text};
+use super::show::{
+    items, number, show_endpoints, show_fields, show_lanes, show_letter, show_letters, show_status, text,
+};
 use crate::config::Local;
 
 /// Replays and burials of many events take their time.
@@ -97,8 +99,10 @@ impl Relay {
                 self.show(&letters, show_letters)
             }
             DeadLetters::Show { id } => {
-                let letter = self.get(&format!("/v1/dead-letters/{}", escaped(&id))).await?;
-                self.show(&letter, show_fields)
+                let path = format!("/v1/dead-letters/{}", escaped(&id));
+                let letter = self.answer(Method::GET, &path, String::new()).await?;
+                // Its messages are shown as they were posted.
+                if self.json { Ok(writeln!(io::stdout(), "{letter}")?) } else { show_letter(&letter) }
             }
             DeadLetters::Purge(selection) => {
                 let done = self.call(Method::DELETE, "/v1/dead-letters", &selection.body()).await?;
@@ -201,8 +205,13 @@ impl Relay {
 
     async fn call(&self, method: Method, path: &str, body: &Value) -> anyhow::Result<Value> {
         let body = if body.is_null() { String::new() } else { body.to_string() };
-        let (status, answer) = self.client.call(method, path, "application/json", body).await?;
-        let answer: Value = serde_json::from_slice(&answer).context("the answer is no JSON: is this the relay?")?;
+        Ok(serde_json::from_str(&self.answer(method, path, body).await?)?)
+    }
+
+    /// What is answered, as it was written.
+    async fn answer(&self, method: Method, path: &str, body: String) -> anyhow::Result<String> {
+        let (status, text_of_it) = self.client.call(method, path, "application/json", body).await?;
+        let answer: Value = serde_json::from_slice(&text_of_it).context("the answer is no JSON: is this the relay?")?;
         if status == StatusCode::UNAUTHORIZED {
             bail!("the relay asks for a token: give local.token_file in the config that --config names");
         }
@@ -210,7 +219,7 @@ impl Relay {
             let error = answer.get("error").unwrap_or(&answer);
             bail!("{} ({status})", text(error, "message"));
         }
-        Ok(answer)
+        Ok(String::from_utf8(text_of_it.into())?)
     }
 
     fn show(&self, answer: &Value, people: impl FnOnce(&Value) -> io::Result<()>) -> anyhow::Result<()> {

@@ -3,6 +3,7 @@
 use std::io::{self, Write as _};
 
 use serde_json::Value;
+use serde_json::value::RawValue;
 
 use super::table::{self, moment, span, state};
 use crate::clock;
@@ -130,14 +131,27 @@ pub(super) fn show_next(list: &Value) -> io::Result<()> {
 }
 
 /// One thing, a field a line.
+/// One dead letter, its messages as they were posted.
+pub(super) fn show_letter(text: &str) -> anyhow::Result<()> {
+    #[derive(serde::Deserialize)]
+    struct Posted<'a> {
+        #[serde(borrow)]
+        messages: Option<Vec<&'a RawValue>>,
+    }
+    let mut fields: serde_json::Map<String, Value> = serde_json::from_str(text)?;
+    let posted: Posted<'_> = serde_json::from_str(text)?;
+    fields.remove("messages");
+    show_fields(&Value::Object(fields))?;
+    let mut out = io::stdout().lock();
+    writeln!(out, "messages")?;
+    Ok(posted.messages.iter().flatten().try_for_each(|message| writeln!(out, "  {message}"))?)
+}
+
 pub(super) fn show_fields(value: &Value) -> io::Result<()> {
     let mut out = io::stdout().lock();
     for (name, value) in value.as_object().into_iter().flatten() {
         if let Some(text) = value.as_str() {
             writeln!(out, "{name:<18} {text}")?;
-        } else if let Some(messages) = value.as_array().filter(|_| name == "messages") {
-            writeln!(out, "{name}")?;
-            messages.iter().try_for_each(|message| writeln!(out, "  {message}"))?;
         } else {
             writeln!(out, "{name:<18} {value}")?;
         }

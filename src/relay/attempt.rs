@@ -23,6 +23,7 @@ pub(super) struct Stage {
     pub(super) endpoint: EndpointName,
     at: AtomicU8,
     withdrawn: Notify,
+    given_up: Notify,
 }
 
 const PREPARING: u8 = 0;
@@ -31,7 +32,7 @@ const WITHDRAWN: u8 = 2;
 
 impl Stage {
     pub(super) fn new(endpoint: EndpointName) -> Stage {
-        Stage { endpoint, at: AtomicU8::new(PREPARING), withdrawn: Notify::new() }
+        Stage { endpoint, at: AtomicU8::new(PREPARING), withdrawn: Notify::new(), given_up: Notify::new() }
     }
 
     pub(super) fn withdraw(&self) {
@@ -39,6 +40,15 @@ impl Stage {
         if self.at.compare_exchange(PREPARING, WITHDRAWN, Ordering::SeqCst, Ordering::SeqCst).is_ok() {
             self.withdrawn.notify_one();
         }
+    }
+
+    /// Ends it: what it has sent counts as not answered.
+    pub(super) fn give_up(&self) {
+        self.given_up.notify_one();
+    }
+
+    fn is_sending(&self) -> bool {
+        self.at.load(Ordering::SeqCst) == SENDING
     }
 
     fn may_send(&self) -> bool {
@@ -132,6 +142,7 @@ impl Job {
             seen = deliverer.attempt(&self.target, push, connection, self.rules.timeout, may_send) => seen,
             // Nothing was sent; whatever is waited for, it is of no use any more.
             () = self.stage.withdrawn.notified() => None,
+            () = self.stage.given_up.notified() => self.stage.is_sending().then(|| Report::Timeout.into()),
         };
         done.seconds = begun.elapsed().as_secs_f64();
         if seen.is_none() {

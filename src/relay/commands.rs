@@ -75,6 +75,8 @@ pub enum Command {
     Ping(oneshot::Sender<()>),
     /// Start nothing more; answered when nothing is in flight.
     Drain(oneshot::Sender<()>),
+    /// Gives up the attempts in flight, after `Drain`; answered when what came of them is noted.
+    GiveUp(oneshot::Sender<()>),
 }
 
 /// What the relay is to go by from now on.
@@ -196,6 +198,10 @@ impl Relay {
             }
             Command::Drain(reply) => {
                 self.is_draining = true;
+                self.drain = Some(reply);
+            }
+            Command::GiveUp(reply) => {
+                self.stages.values().for_each(|stage| stage.give_up());
                 self.drain = Some(reply);
             }
         }

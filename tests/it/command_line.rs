@@ -29,13 +29,13 @@ fn operators_see_and_do_everything_from_the_command_line() {
         "[backoff]\ninitial = \"1h\"\nmax = \"1h\"\n[local]\ntoken = \"s3cret\"\n",
     ));
     let bearer = [("authorization", "Bearer s3cret"), ("content-type", "application/json")];
-    let post = |customer: &str, id: &str| {
-        let text = event(customer, id).to_string();
+    let post = |text: &str| {
         assert_eq!(request(relay.local, "POST", "/v1/events", &bearer, text.as_bytes()).status, 202);
     };
     receiver.answer_status(500);
-    post("王小明", "m0");
-    post("b", "m1");
+    post(&event("王小明", "m0").to_string());
+    let odd = r#"{"z":1.10,"message_id":"m1","big":123456789012345678901234567890,"im_sub_session_id":1}"#;
+    post(&format!(r#"{{"web_token":"b","im_web_plugin_id":12,"h5push":true,"messages":[{odd}]}}"#));
     receiver.wait_pushes(2);
     wait_until("both wait", || done(&relay, "lanes list").matches("status 500").count() == 2);
     let status = done(&relay, "status");
@@ -49,7 +49,10 @@ fn operators_see_and_do_everything_from_the_command_line() {
     assert!(done(&relay, "endpoints resume 12").contains("12 is up"));
     let letters = done(&relay, "dead-letters list");
     let id = letters.lines().nth(1).unwrap().split(' ').next().unwrap().to_owned();
-    assert!(done(&relay, &format!("dead-letters show {id}")).contains("\"message_id\":\"m1\""));
+    for how in ["", " --json"] {
+        let shown = done(&relay, &format!("dead-letters show {id}{how}"));
+        assert!(shown.contains(odd), "{shown}");
+    }
     receiver.answer_status(200);
     assert!(done(&relay, "dead-letters replay --all").contains("1 dead letters are back"));
     done(&relay, "endpoints retry 12");

@@ -120,14 +120,20 @@ fn a_stop_waits_for_attempts_in_flight_within_its_limit() {
     relay.wait_metric("h5push_in_flight", &[("endpoint", "12")], |count| count == 1.0);
     let dir = relay.stop();
     assert_eq!(receiver.delivered_ids(), ["m0"]);
-    let relay = Relay::start_in(dir, &config(receiver.address, ""));
+    let hasty =
+        format!("shutdown_timeout = \"500ms\"\n{}", config(receiver.address, "[backoff]\ninitial = \"50ms\"\n"));
+    let relay = Relay::start_in(dir, &hasty);
     relay.queue(&event("a", "m1"));
     assert_eq!(receiver.wait_delivered(2), ["m0", "m1"], "not repeated");
-    // One that takes too long is given up, and made again at the next start.
-    receiver.answer(|_| Answer::After(Duration::from_secs(8), 200));
+    // One that takes too long is given up, and made again after the next start: as another attempt at the same push.
+    receiver.answer(|_| Answer::After(Duration::from_secs(5), 200));
     relay.queue(&event("a", "m2"));
     relay.wait_metric("h5push_in_flight", &[("endpoint", "12")], |count| count == 1.0);
-    drop(relay);
+    std::thread::sleep(Duration::from_millis(300));
+    let dir = relay.stop();
+    receiver.answer_status(200);
+    let _relay = Relay::start_in(dir, &hasty);
+    assert_eq!(receiver.wait_pushes(3)[2].header("h5push-attempt"), "2");
 }
 
 #[test]

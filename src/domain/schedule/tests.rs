@@ -55,7 +55,7 @@ fn other_limits_open_no_second_burst() {
     for lane in 0..400 {
         append(&mut schedule, lane, 0, 0, 0);
     }
-    let mut start_all = |schedule: &mut Schedule, now| {
+    let start_all = |schedule: &mut Schedule, now| {
         let starts = std::iter::from_fn(|| {
             let start = schedule.next(now)?;
             schedule.reported(start.lane, 1, Verdict::Delivered, at(now));
