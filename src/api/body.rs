@@ -36,11 +36,8 @@ pub(super) async fn read_body(api: &Api, request: Request<Incoming>, bytes_max: 
     let hint = incoming.body.size_hint();
     let read = match hint.exact() {
         _ if hint.lower() > bytes_max as u64 => Err(too_large()),
-        Some(bytes) => incoming.within(BODY_LIMIT, async |body| announced(api, body, bytes as usize).await).await,
-        None => {
-            let read = incoming.within(BODY_LIMIT, async |body| unannounced(api, body, bytes_max).await).await;
-            read.and_then(|read| read.ok_or_else(too_large))
-        }
+        Some(bytes) => announced(api, &mut incoming, bytes as usize).await,
+        None => unannounced(api, &mut incoming, bytes_max).await.and_then(|read| read.ok_or_else(too_large)),
     };
     if read.as_ref().is_err_and(|error| error.code == Code::TooLarge) {
         incoming.discard(DISCARD_MAX).await;
@@ -80,9 +77,7 @@ impl Coming {
             biased;
             read = read(body) => read,
             () = hurried => Err(error(Code::RequestTimeout, "body: did not come, and others wait")),
-            () = tokio::time::sleep(limit) => {
-                Err(error(Code::RequestTimeout, format!("body: took longer than {} s", limit.as_secs())))
-            }
+            () = tokio::time::sleep(limit) => Err(too_slow(limit)),
         }
     }
 
@@ -113,38 +108,50 @@ pub(super) async fn refused<E>(request: Request<Incoming>, bytes_max: usize, err
 }
 
 /// A body of so many bytes.
-async fn announced(api: &Api, body: &mut Incoming, bytes: usize) -> Result<Body, ApiError> {
+async fn announced(api: &Api, incoming: &mut Coming, bytes: usize) -> Result<Body, ApiError> {
     // Small ones are bounded by the number of connections: large and slow ones never keep them waiting.
     let room = if bytes > SMALL_BODY { Some(room(api, bytes).await?) } else { None };
-    #[expect(clippy::disallowed_methods, reason = "hyper reads no more than was announced; time is bounded above")]
-    let read = body.collect().await.map_err(|_| broken_off())?;
+    #[expect(clippy::disallowed_methods, reason = "hyper reads no more than was announced; time is bounded")]
+    let read = incoming.within(BODY_LIMIT, async |body| body.collect().await.map_err(|_| broken_off())).await?;
     Ok(Body { bytes: read.to_bytes(), _room: room })
 }
 
 /// A body whose size is known when it is there; `None`: it is too large.
-async fn unannounced(api: &Api, body: &mut Incoming, bytes_max: usize) -> Result<Option<Body>, ApiError> {
+async fn unannounced(api: &Api, incoming: &mut Coming, bytes_max: usize) -> Result<Option<Body>, ApiError> {
     let mut read = BytesMut::new();
     let mut held = None;
-    while let Some(frame) = body.frame().await {
-        let frame = frame.map_err(|_| broken_off())?;
-        let Some(data) = frame.data_ref() else { continue };
-        let bytes = read.len() + data.len();
-        if bytes > bytes_max {
-            return Ok(None);
-        }
+    let small = bytes_max.min(SMALL_BODY);
+    let mut is_whole = incoming.within(BODY_LIMIT, async |body| fill(&mut read, body, small).await).await?;
+    if !is_whole && read.len() <= bytes_max {
         // Not before: many that never come to it would keep the large ones out.
-        if bytes > SMALL_BODY && held.is_none() {
-            held = Some(room(api, bytes_max).await?);
-        }
-        read.extend_from_slice(data);
+        held = Some(room(api, bytes_max).await?);
+        is_whole = incoming.within(BODY_LIMIT, async |body| fill(&mut read, body, bytes_max).await).await?;
     }
-    Ok(Some(Body { bytes: read.freeze(), _room: held }))
+    Ok(is_whole.then(|| Body { bytes: read.freeze(), _room: held }))
 }
 
+/// Reads on to the end, which it says, or until it is more than so many bytes.
+async fn fill(read: &mut BytesMut, body: &mut Incoming, bytes_max: usize) -> Result<bool, ApiError> {
+    while read.len() <= bytes_max {
+        let Some(frame) = body.frame().await else { return Ok(true) };
+        read.extend_from_slice(frame.map_err(|_| broken_off())?.data_ref().unwrap_or(&Bytes::new()));
+    }
+    Ok(false)
+}
+
+/// Waits for room: who has it gives it back in time.
 async fn room(api: &Api, bytes: usize) -> Result<OwnedSemaphorePermit, ApiError> {
     let kib = u32::try_from(bytes / 1_024 + 1).unwrap_or(u32::MAX);
-    let room = Arc::clone(&api.bodies).acquire_many_owned(kib).await;
-    room.map_err(|_| error(Code::Stopping, "the relay is stopping"))
+    let room = tokio::time::timeout(BODY_LIMIT, Arc::clone(&api.bodies).acquire_many_owned(kib)).await;
+    match room {
+        Ok(Ok(room)) => Ok(room),
+        Ok(Err(_)) => Err(error(Code::Stopping, "the relay is stopping")),
+        Err(_) => Err(too_slow(BODY_LIMIT)),
+    }
+}
+
+fn too_slow(limit: Duration) -> ApiError {
+    error(Code::RequestTimeout, format!("body: took longer than {} s", limit.as_secs()))
 }
 
 fn broken_off() -> ApiError {

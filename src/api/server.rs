@@ -311,8 +311,6 @@ where
     });
     let connection = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
-        // Who says no more still hears what became of what was said.
-        .half_close(true)
         .header_read_timeout(HEAD_LIMIT)
         .max_buf_size(HEAD_MAX)
         .serve_connection(io, service);

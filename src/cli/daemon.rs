@@ -19,8 +19,6 @@ const STATUS_EVERY: Duration = Duration::from_secs(20);
 /// Runs until a signal. `read` reads the config anew at SIGHUP, with the arguments of this start.
 pub(super) fn run(config: Config, read: impl Fn() -> Result<Config, crate::config::ConfigError>) -> anyhow::Result<()> {
     log::start(&config.log_level, config.log_format);
-    // What is stored is for nobody else, whoever created the data directory.
-    rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
     let runtime = super::runtime()?;
     let ended = runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate())?;

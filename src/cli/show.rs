@@ -130,7 +130,6 @@ pub(super) fn show_next(list: &Value) -> io::Result<()> {
     }
 }
 
-/// One thing, a field a line.
 /// One dead letter, its messages as they were posted.
 pub(super) fn show_letter(text: &str) -> anyhow::Result<()> {
     #[derive(serde::Deserialize)]
@@ -143,10 +142,12 @@ pub(super) fn show_letter(text: &str) -> anyhow::Result<()> {
     fields.remove("messages");
     show_fields(&Value::Object(fields))?;
     let mut out = io::stdout().lock();
+    let Some(messages) = posted.messages else { return Ok(()) };
     writeln!(out, "messages")?;
-    Ok(posted.messages.iter().flatten().try_for_each(|message| writeln!(out, "  {message}"))?)
+    Ok(messages.iter().try_for_each(|message| writeln!(out, "  {message}"))?)
 }
 
+/// One thing, a field a line.
 pub(super) fn show_fields(value: &Value) -> io::Result<()> {
     let mut out = io::stdout().lock();
     for (name, value) in value.as_object().into_iter().flatten() {

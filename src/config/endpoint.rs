@@ -363,14 +363,11 @@ pub(super) fn authorities(name: &str, path: &Path) -> Result<Vec<CertificateDer<
     Ok(certs)
 }
 
-/// Headers of the connection, and of what is sent on it.
-const OWN_HEADERS: [&str; 9] =
-    ["connection", "expect", "host", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"];
-
 fn header((name, value): (&String, &String)) -> Result<(HeaderName, HeaderValue), String> {
     let lower = name.to_ascii_lowercase();
-    let is_ours =
-        OWN_HEADERS.contains(&lower.as_str()) || lower.starts_with("content-") || lower.starts_with("webhook-");
+    let is_ours = ["host", "transfer-encoding", "connection"].contains(&lower.as_str())
+        || lower.starts_with("content-")
+        || lower.starts_with("webhook-");
     if is_ours {
         return Err(format!("headers: {name} is set by the relay"));
     }

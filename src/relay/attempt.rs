@@ -81,6 +81,8 @@ pub(super) struct Job {
     pub rules: Arc<Rules>,
     /// Room for large pushes, KiB.
     pub bodies: Arc<Semaphore>,
+    /// Turns to read from the disk what is no longer in memory.
+    pub cold_reads: Arc<Semaphore>,
 }
 
 /// What came of it.
@@ -116,8 +118,14 @@ impl Job {
         // What was read is given back before the answer is waited for: thousands of attempts may wait.
         let mut read = self.read(Reader::read_cached);
         if read.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock) {
-            // Where nothing else waits for the disk.
+            // Where nothing else waits for the disk; a few at a time, for that pool is others' too.
+            let turn = tokio::select! {
+                turn = Arc::clone(&self.cold_reads).acquire_owned() => turn,
+                () = self.stage.withdrawn.notified() => return done,
+                () = self.stage.given_up.notified() => return done,
+            };
             let in_pool = tokio::task::spawn_blocking(move || (self.read(Reader::read), self)).await;
+            drop(turn);
             match in_pool {
                 Ok(done) => (read, self) = done,
                 // The end has come.
@@ -139,6 +147,8 @@ impl Job {
         let connection = if self.is_on_new { Connection::New } else { Connection::Any };
         let may_send = || self.stage.may_send();
         let seen = tokio::select! {
+            // An answer that is there counts.
+            biased;
             seen = deliverer.attempt(&self.target, push, connection, self.rules.timeout, may_send) => seen,
             // Nothing was sent; whatever is waited for, it is of no use any more.
             () = self.stage.withdrawn.notified() => None,

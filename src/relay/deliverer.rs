@@ -290,6 +290,7 @@ async fn survey_answer(
         Ok(Err(error)) => return Seen { report: Report::Io, detail: Some(error) },
         Ok(Ok(())) => {}
     }
+    drop(body);
     // An IM server that answers before it has read the request may never read the rest.
     if let Ok(Ok(())) = tokio::time::timeout_at(deadline, sender.ready()).await {
         target.give_back(sender);

@@ -40,6 +40,8 @@ use crate::store::{Compacted, Item, Note, Notice, Position, Snapshot, Store};
 /// Room for what large pushes hold beyond their first [`FREE_BYTES`] until they are written, over all attempts, KiB. A
 /// single event, and a push that is tried again, need none.
 const BODIES_KIB: usize = 16 << 10;
+/// Attempts that may wait for the disk at once: look-ups, burials and calls are waited for in the same pool of threads.
+const COLD_READS: usize = 16;
 /// So many bytes of a push need no room.
 const FREE_BYTES: usize = 16 << 10;
 /// Notices and reports taken at once.
@@ -81,6 +83,7 @@ pub struct Relay {
     stages: HashMap<u32, Arc<Stage>>,
     attempts: JoinSet<Done>,
     bodies: Arc<Semaphore>,
+    cold_reads: Arc<Semaphore>,
     burying: JoinSet<Vec<Buried>>,
     bury_not_before: u64,
     /// How often a lane's burial could not read its events.
@@ -129,6 +132,7 @@ impl Relay {
             stages: HashMap::new(),
             attempts: JoinSet::new(),
             bodies: Arc::new(Semaphore::new(BODIES_KIB)),
+            cold_reads: Arc::new(Semaphore::new(COLD_READS)),
             burying: JoinSet::new(),
             bury_not_before: 0,
             unread: HashMap::new(),
@@ -348,6 +352,7 @@ impl Relay {
             hashing: self.store.hashing(),
             rules: Arc::clone(&self.rules),
             bodies: Arc::clone(&self.bodies),
+            cold_reads: Arc::clone(&self.cold_reads),
         };
         let deliverer = self.deliverer.clone();
         self.attempts.spawn(async move { job.run(&deliverer).await });

@@ -45,6 +45,8 @@ impl Relay {
         }
         if !is_outdated {
             self.note_error(done.lane, done.endpoint, done.result, done.detail);
+        } else if delivered {
+            self.lane_errors.remove(&done.lane);
         }
         self.report(done.lane, done.taken, done.verdict);
     }

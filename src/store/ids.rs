@@ -45,7 +45,6 @@ impl Ids {
 
     /// Adds a key; the oldest makes room. Answers the number that it had before, for `pop_back`.
     pub(super) fn push(&mut self, key: EventKey, second: u32) -> Option<u32> {
-        self.expire(u64::from(second));
         while self.keys.len() >= self.max.max(1) {
             self.pop_front();
         }
@@ -146,6 +145,7 @@ mod tests {
         (0..2).for_each(|_| few.pop_back(None));
         few.expire(1_000);
         assert!(few.seconds.is_empty());
+        ids.expire(111);
         ids.push(9, 111);
         assert!(ids.contains(9) && !ids.contains(3 << 64 | 3), "older than the window");
         assert_eq!(ids.next_number(), u64::from(u32::MAX) - 1 + 5);

@@ -4,6 +4,7 @@
 //! ones gather: one event costs one fdatasync, load makes groups grow, no timers. What needs no sync of its own
 //! (settlements) is written straight away behind them.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -86,6 +87,8 @@ pub(super) struct Writer {
     previous: Option<(u64, u32)>,
     /// Settlements that could not be written yet.
     owed: Vec<Vec<u8>>,
+    /// How many of these there may be before they are thinned out.
+    owed_max: usize,
     /// Not written again before this, but with a group.
     owes_until: Duration,
     buffer: Vec<u8>,
@@ -93,13 +96,14 @@ pub(super) struct Writer {
 
 /// How often settlements that the disk does not take are tried again.
 const OWED_AGAIN: Duration = Duration::from_secs(1);
-/// Records that wait for the disk beyond which delays of lanes are not kept: there may be any number of them, and a start
-/// without them only tries sooner.
+/// Records that wait for the disk beyond which only the last of each lane's delays is kept: others are of no use.
 const OWED_MAX: usize = 100_000;
 /// Of these, so many have room kept for them.
 const OWED_KEPT: usize = 1_000;
 /// Bytes of the buffer that are kept between groups.
 const BUFFER_KEPT: usize = 4 << 20;
+/// Room that a segment is begun with where the disk has none for a whole one, bytes.
+const ROOM_MIN: u64 = 1 << 20;
 /// The next segment, created ahead.
 pub(super) const SPARE: &str = "spare";
 /// The next segment, while it is created.
@@ -121,6 +125,7 @@ impl Writer {
             next_number,
             previous,
             owed: Vec::new(),
+            owed_max: OWED_MAX,
             owes_until: Duration::ZERO,
             buffer: Vec::new(),
         }
@@ -163,7 +168,11 @@ impl Writer {
                 file
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                segment::create(&path, u64::from(self.segment_bytes))?
+                match segment::create(&path, u64::from(self.segment_bytes)) {
+                    // It grows as it is written.
+                    Err(error) if error.kind() == io::ErrorKind::StorageFull => segment::create(&path, ROOM_MIN)?,
+                    made => made?,
+                }
             }
             Err(error) => return Err(error),
         };
@@ -296,10 +305,30 @@ impl Writer {
     /// Writes records that need no sync of their own. What cannot be written is kept for the next write; without a
     /// segment they wait for one.
     pub(super) fn note(&mut self, bodies: Vec<Vec<u8>>) -> io::Result<()> {
-        let is_crowded = self.owed.len() >= OWED_MAX;
-        self.owed.extend(bodies.into_iter().filter(|body| !is_crowded || !is_deferred(body)));
+        self.owed.extend(bodies);
+        if self.owed.len() > self.owed_max {
+            self.thin_out();
+        }
         // All of it is written at once: not at every turn while the disk takes nothing.
         if clock::monotonic() < self.owes_until { Ok(()) } else { self.write_owed() }
+    }
+
+    /// Of delays, the last of each lane counts.
+    fn thin_out(&mut self) {
+        let mut lanes = HashSet::new();
+        let mut kept: Vec<Vec<u8>> = Vec::new();
+        for body in std::mem::take(&mut self.owed).into_iter().rev() {
+            let is_of_use = match Record::decode(&body) {
+                Some(Record::Deferred(deferred)) => lanes.insert(deferred.lane),
+                _ => true,
+            };
+            if is_of_use {
+                kept.push(body);
+            }
+        }
+        kept.reverse();
+        self.owed_max = OWED_MAX.max(2 * kept.len());
+        self.owed = kept;
     }
 
     /// Whether something could not be written yet.
@@ -335,10 +364,6 @@ impl Written {
     }
 }
 
-fn is_deferred(body: &[u8]) -> bool {
-    matches!(Record::decode(body), Some(Record::Deferred(_)))
-}
-
 /// Writes all, or leaves the file as it was.
 fn write_or_cut(file: &File, bytes: &[u8], offset: u32) -> io::Result<()> {
     file.write_all_at(bytes, u64::from(offset)).inspect_err(|_| {
@@ -352,48 +377,4 @@ fn write_or_cut(file: &File, bytes: &[u8], offset: u32) -> io::Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::store::Ending;
-    use crate::store::codec::Settled;
-
-    #[test]
-    fn a_group_without_records_begins_no_segment_while_there_is_one() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut writer = Writer::new(dir.path().to_owned(), [7; 32], 60, 1, None);
-        assert!(writer.wants_roll(0), "there is none");
-        writer.roll(&mut Segments::default()).unwrap();
-        assert!(writer.wants_roll(1), "it is full already");
-        assert!(!writer.wants_roll(0));
-    }
-
-    #[test]
-    fn what_was_noted_within_or_behind_a_group_that_is_given_up_is_noted_again() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut segments = Segments::default();
-        let mut writer = Writer::new(dir.path().to_owned(), [7; 32], 1 << 20, 1, None);
-        let settled = |seq: u64| {
-            let lane = LaneKey(seq);
-            let record = Settled { lane, ending: Ending::Withdrawn, retry_is_over: false, second: 1, seqs: vec![seq] };
-            Record::Settled(record).encode()
-        };
-        // One owed from before the segment, which goes within the group; one behind it, while it is being synced.
-        writer.note(vec![settled(1)]).unwrap();
-        writer.roll(&mut segments).unwrap();
-        let written = writer.write_group(&[]).unwrap();
-        writer.note(vec![settled(2)]).unwrap();
-        writer.abandon(&written);
-        // One more that has no segment to go to.
-        writer.note(vec![settled(3)]).unwrap();
-        let begun = writer.roll(&mut segments).unwrap();
-        let again = writer.write_group(&[]).unwrap();
-        let mut seqs = Vec::new();
-        segment::scan(&again.file, begun.segment, 0, 0, |frame| {
-            if let Some(Record::Settled(settled)) = Record::decode(frame.body()) {
-                seqs.extend(settled.seqs);
-            }
-        })
-        .unwrap();
-        assert_eq!(seqs, [1, 2, 3]);
-    }
-}
+mod tests;

@@ -17,32 +17,17 @@ pub(super) fn number(name: &str) -> Option<u64> {
     name.strip_suffix(".log").filter(|digits| digits.len() == 16)?.parse().ok()
 }
 
-/// Room that a segment is begun with where the disk has none for a whole one.
-const ROOM_MIN: u64 = 1 << 20;
-
-/// Creates the file of a segment with room for `bytes`, so that appending neither grows it nor fails for want of space;
-/// where there is no such room, with a little, and it grows as it is written.
+/// Creates the file of a segment with room for `bytes`, so that appending neither grows it nor fails for want of space.
 pub(super) fn create(path: &Path, bytes: u64) -> io::Result<File> {
     let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).open(path)?;
-    let mut made = allocate(&file, bytes);
-    if bytes > ROOM_MIN && made.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::StorageFull) {
-        // What was allocated before the room ended.
-        file.set_len(0)?;
-        made = allocate(&file, ROOM_MIN);
-    }
-    if let Err(error) = made {
-        drop(file);
-        std::fs::remove_file(path)?;
-        return Err(error);
-    }
-    Ok(file)
-}
-
-fn allocate(file: &File, bytes: u64) -> io::Result<()> {
-    match rustix::fs::fallocate(file, rustix::fs::FallocateFlags::empty(), 0, bytes) {
+    match rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, bytes) {
         // A file system without it: the file grows as it is written.
-        Ok(()) | Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => Ok(()),
-        Err(error) => Err(error.into()),
+        Ok(()) | Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => Ok(file),
+        Err(error) => {
+            drop(file);
+            std::fs::remove_file(path)?;
+            Err(error.into())
+        }
     }
 }
 
@@ -85,8 +70,9 @@ pub(super) fn read_cached_frame(file: &File, segment: u64, offset: u32) -> io::R
 fn read_cached(file: &File, bytes: &mut [u8], offset: u64) -> io::Result<usize> {
     use rustix::io::{Errno, ReadWriteFlags, preadv2};
     match preadv2(file, &mut [io::IoSliceMut::new(bytes)], offset, ReadWriteFlags::NOWAIT) {
-        Err(Errno::OPNOTSUPP | Errno::NOSYS) => file.read_at(bytes, offset),
-        read => Ok(read?),
+        Err(error @ (Errno::AGAIN | Errno::INTR)) => Err(error.into()),
+        Err(_) => file.read_at(bytes, offset),
+        Ok(read) => Ok(read),
     }
 }
 

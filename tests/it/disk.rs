@@ -156,8 +156,11 @@ fn a_disk_that_takes_seconds_a_read_delays_the_pushes_that_are_read_and_nothing_
     let Some(disk) = Faulty::new() else { return };
     let receiver = Receiver::start();
     let relay = disk.start(&config(receiver.address, QUICK));
-    relay.queue(&event("known", "m0"));
-    receiver.wait_delivered(1);
+    // As many pushes are made at once as there were successes.
+    for number in 0..16 {
+        relay.queue(&event("known", &format!("before-{number}")));
+    }
+    receiver.wait_delivered(16);
     relay.done("POST", "/v1/endpoints/12/pause", &Value::Null);
     for number in 0..8 {
         relay.queue(&event(&format!("c{number}"), "m"));
@@ -174,10 +177,14 @@ fn a_disk_that_takes_seconds_a_read_delays_the_pushes_that_are_read_and_nothing_
         relay.queue(&event("known", "m1"));
         assert_eq!(get(relay.local, "/healthz").status, 200);
     });
+    let held_up = 8 - receiver.delivered().iter().filter(|push| push.customer() != "known").count();
+    println!("{held_up} pushes wait for the disk, others are answered after {others:?}");
+    if held_up == 0 {
+        println!("SKIPPED: slow reads: this file system keeps all in memory");
+    }
     assert!(others < Duration::from_secs(1), "{others:?}");
-    receiver.wait_delivered(2);
     disk.works();
-    receiver.wait_delivered(10);
+    receiver.wait_delivered(16 + 8 + 1);
 }
 
 #[test]
@@ -279,7 +286,6 @@ fn a_disk_that_another_program_fills_at_random_instants_loses_nothing() {
     assert!(!log.contains("damaged records"));
 }
 
-/// What has been delivered makes the room that the rest needs, also where a kill came while the disk was full.
 /// With no room for a whole segment, but above the floor.
 #[test]
 fn a_small_disk_takes_what_it_has_room_for_and_what_operators_say() {
@@ -308,6 +314,7 @@ fn a_small_disk_takes_what_it_has_room_for_and_what_operators_say() {
     wait_until("room for an event", || relay.post(&event("new", "new")).status == 202);
 }
 
+/// What has been delivered makes the room that the rest needs, also where a kill came while the disk was full.
 #[test]
 fn a_disk_that_stays_full_is_freed_by_what_is_delivered() {
     let Some(small) = Small::mount("400m") else { return };

@@ -334,20 +334,6 @@ fn bodies_that_do_not_come_keep_nobody_out() {
 }
 
 #[test]
-fn who_has_said_all_hears_the_answer() {
-    let receiver = Receiver::start();
-    let relay = Relay::start(&config(receiver.address, ""));
-    let body = event("a", "m0").to_string();
-    let mut stream = TcpStream::connect(relay.local).unwrap();
-    let head = "POST /v1/events HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json";
-    stream.write_all(format!("{head}\r\ncontent-length: {}\r\n\r\n{body}", body.len()).as_bytes()).unwrap();
-    stream.shutdown(std::net::Shutdown::Write).unwrap();
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).unwrap();
-    assert!(answer.starts_with("HTTP/1.1 202"), "{answer:?}");
-}
-
-#[test]
 fn a_flood_of_requests_beyond_max_connections_leaves_others_their_turn() {
     let receiver = Receiver::start();
     let relay = Relay::start(&config(receiver.address, "[local]\nmax_connections = 50\n"));

@@ -271,7 +271,7 @@ fn dead_letters_are_listed_shown_replayed_and_purged() {
     assert_eq!(relay.done("DELETE", "/v1/dead-letters", &json!({ "endpoint": "12" })), json!({ "purged": 1 }));
     assert_eq!(letters(&relay, "").len(), 0);
     assert_eq!(relay.call("DELETE", "/v1/dead-letters", &json!({})).status, 400);
-    assert_eq!(relay.call("GET", "/v1/dead-letters/nonsense", &NOTHING).status, 400);
+    assert_eq!(relay.call("GET", "/v1/dead-letters/nonsense", &NOTHING).status, 404);
     relay.wait_metric("h5push_dead_letters", &[("endpoint", "12")], |count| count == 0.0);
 }
 

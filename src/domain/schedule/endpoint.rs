@@ -172,7 +172,7 @@ impl Endpoint {
             // governor counts in nanoseconds of 64 bits: a burst may not fill more than half of them.
             let period_max = Duration::from_nanos((1 << 62) / u64::from(cells.get()));
             let period = Duration::try_from_secs_f64(1.0 / rate).unwrap_or(period_max);
-            let at_hand = self.limiter.take().map(|(_, _, limiter)| permits(&limiter));
+            let at_hand = self.limiter.take().map(|(_, burst, limiter)| permits(&limiter, burst));
             self.limiter = Quota::with_period(period.clamp(Duration::from_nanos(1), period_max))
                 .map(|quota| (rate, burst, RateLimiter::direct_with_clock(quota.allow_burst(cells), clock.clone())));
             let used = at_hand.and_then(|at_hand| NonZeroU32::new(burst.saturating_sub(at_hand)));
@@ -271,9 +271,9 @@ impl Endpoint {
     }
 }
 
-/// Takes all permits that a limiter has at hand, and says how many these were.
-fn permits(limiter: &Limiter) -> u32 {
-    let powers = (0..u32::BITS).rev().filter_map(|bit| NonZeroU32::new(1 << bit));
+/// Takes all permits that a limiter has at hand, at most its burst, and says how many these were.
+fn permits(limiter: &Limiter, burst: u32) -> u32 {
+    let powers = (0..u32::BITS).rev().filter_map(|bit| NonZeroU32::new(1 << bit).filter(|count| count.get() <= burst));
     powers.filter(|count| matches!(limiter.check_n(*count), Ok(Ok(())))).map(NonZeroU32::get).sum()
 }
 

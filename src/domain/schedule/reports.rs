@@ -284,8 +284,9 @@ impl Schedule {
             (expired > 0).then_some((expired, DeathReason::Expired))
         };
         if let Some((count, reason)) = death {
+            // Until it is buried: at a stop that may come after the next start.
+            outcome.deferred = Some(Deferred { head: lane.head, retry, wait: Duration::ZERO });
             self.lanes.set_retry(lane_id, Some(retry));
-            outcome.retry_is_over = true;
             self.begin_burying(lane_id, count, reason);
             return;
         }

@@ -181,7 +181,7 @@ impl Admission {
 
     fn append(&mut self, request: &mut Request, key: EventKey, event: Staged) {
         if let Staged::Event { endpoint, second, .. } = &event {
-            let before = self.ids.push(key, self.aging(u64::from(*second)) as u32);
+            let before = self.ids.push(key, *second);
             self.undurable.insert(key);
             self.count_waiting(*endpoint, 1);
             request.keys.push((key, before));
