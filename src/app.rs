@@ -75,6 +75,7 @@ impl App {
     /// # Errors
     /// Nothing runs.
     pub async fn start(config: Config) -> Result<App, StartError> {
+        close_to_others();
         let metrics = Metrics::new(config.metrics_max_endpoints)?;
         let rules = schedule_rules(&config);
         let deliverer = Deliverer::new(&config.extra_ca, rules.max_in_flight)?;
@@ -266,6 +267,11 @@ fn check_exposure(config: &Config, local: Option<SocketAddr>, open_api: Option<S
     open_api.map_or(Ok(()), |address| config.open_api.may_listen_on(address))
 }
 
+/// What this process creates from now on is for nobody else, whoever created the data directory.
+fn close_to_others() {
+    rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
+}
+
 /// A store that was opened without a relay, to be looked at.
 #[derive(Debug)]
 pub struct Stopped {
@@ -283,6 +289,7 @@ pub struct Stopped {
 /// # Errors
 /// The directory cannot be used, or a relay uses it.
 pub fn open_stopped(config: &Config) -> Result<Stopped, StartError> {
+    close_to_others();
     let mut schedule = Schedule::new(schedule_rules(config));
     let metrics = Metrics::new(config.metrics_max_endpoints)?;
     let (tell, notices) = mpsc::channel(NOTICES_MAX);

@@ -85,8 +85,6 @@ enum Call {
 /// Runs what the arguments say.
 #[must_use]
 pub fn run() -> ExitCode {
-    // What is stored is for nobody else, whoever created the data directory.
-    rustix::process::umask(rustix::fs::Mode::RWXG | rustix::fs::Mode::RWXO);
     let arguments = Arguments::parse();
     std::panic::set_hook(Box::new(|panic| {
         // sled's own threads, and calls into sled, are caught where they are made.

@@ -359,7 +359,7 @@ mod tests {
     use crate::domain::keys::LaneKey;
 
     #[test]
-    fn a_clock_that_has_leapt_makes_nothing_old() {
+    fn a_clock_that_has_leapt_makes_nothing_old_and_requests_leave_nothing_behind() {
         let rules =
             Rules { require_h5push: false, forget_after_s: 600, events_max: 10, dedupe_window_s: 600, dedupe_max: 10 };
         let mut admission = Admission::new(rules, Ids::new(10, 600));
@@ -373,5 +373,8 @@ mod tests {
         admission.append(&mut request, 1, event(10_000));
         admission.append(&mut request, 2, event(5_000_000));
         assert!(admission.ids.contains(1) && admission.ids.contains(2));
+        // Nor is anything kept of requests for which the queue has no row to change: there may be any number of them.
+        admission.durable(&[request], Position::default());
+        assert!(admission.unapplied.is_empty() && admission.undurable.is_empty());
     }
 }
