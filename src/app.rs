@@ -16,7 +16,7 @@ use crate::domain::retry::Delays;
 use crate::domain::schedule::{self, Schedule};
 use crate::log;
 use crate::metrics::Metrics;
-use crate::relay::{self, Command, Deliverer, NOTICES_MAX, Relay, max_in_flight};
+use crate::relay::{self, Command, NOTICES_MAX, Network, Relay, max_in_flight};
 use crate::store::{self, Store, Threads};
 
 /// How long the relay's task may take to go round.
@@ -78,7 +78,7 @@ impl App {
         close_to_others();
         let metrics = Metrics::new(config.metrics_max_endpoints)?;
         let rules = schedule_rules(&config);
-        let deliverer = Deliverer::new(&config.extra_ca, rules.max_in_flight)?;
+        let network = Network::new(&config.extra_ca, rules.max_in_flight)?;
         for warning in &config.warnings {
             tracing::warn!("{warning}");
         }
@@ -130,7 +130,7 @@ impl App {
         }
         let rule = Arc::new(config.url_rule.clone());
         let configured = (&endpoints, &rule);
-        let relay = Relay::new(schedule, store.clone(), deliverer, configured, relay_rules(&config), metrics.clone());
+        let relay = Relay::new(schedule, store.clone(), network, configured, relay_rules(&config), metrics.clone());
         let (commands, asked) = mpsc::channel(relay::COMMANDS_MAX);
         let relay = tokio::spawn(relay.run(notices, asked));
         let api = Arc::new(Api::new(&config, endpoints, store.clone(), metrics, commands.clone()));
@@ -198,13 +198,13 @@ impl App {
         // The listeners stay where they are, whatever the new file says of addresses.
         check_exposure(&config, self.local_address, self.open_api_address)?;
         let schedule = schedule_rules(&config);
-        let deliverer = Deliverer::new(&config.extra_ca, schedule.max_in_flight).map_err(|error| error.to_string())?;
+        let network = Network::new(&config.extra_ca, schedule.max_in_flight).map_err(|error| error.to_string())?;
         for warning in &config.warnings {
             tracing::warn!("{warning}");
         }
         let changed = config.needs_restart(&self.started);
         let config = Arc::new(config);
-        let reloaded = (deliverer, relay_rules(&config), schedule);
+        let reloaded = (network, relay_rules(&config), schedule);
         let configured = self.api.reconfigure(Arc::clone(&config), reloaded).await;
         configured.map_err(|error| format!("{error}: endpoints and what pushes go by may be the new ones"))?;
         self.store.set_rules(rules(&config));

@@ -8,7 +8,7 @@
 //!                             │ Notice::Durable, in the order of the journal
 //!                         relay: domain::schedule picks a lane that is due, an endpoint that has room
 //!                             │ Start (events of one lane)
-//!                         attempt: read, compose, deliverer ─> Report (what was seen)
+//!                         attempt: read, compose, deliver ─> Report (what was seen)
 //!                         domain::verdict ─> Verdict  (what it means: the one table of statuses)
 //!                         domain::schedule ─> ToRecord (delivered | deferred)
 //!                             │           └─> Burial (given up) ─> Store::bury (the dead letter, on stable storage)

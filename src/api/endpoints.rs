@@ -12,10 +12,10 @@ use super::{ANSWER_LIMIT, Api};
 use crate::config::{Config, Endpoint, Endpoints, Entry, Source};
 use crate::domain::endpoint::EndpointName;
 use crate::domain::schedule;
-use crate::relay::{self, Command, Configure, Deliverer};
+use crate::relay::{self, Command, Configure, Network};
 
 /// What a reload brings beside the config: certificates read anew, and rules of the relay and its schedule.
-pub type Reloaded = (Deliverer, relay::Rules, schedule::Rules);
+pub type Reloaded = (Network, relay::Rules, schedule::Rules);
 
 /// Settings of the store that are endpoints begin with this.
 const PREFIX: &str = "endpoint/";

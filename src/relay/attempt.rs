@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use bytes::Bytes;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
-use super::deliverer::{Connection, Deliverer, Push, Seen};
+use super::delivery::{self, Connection, Push, Seen};
 use super::target::Target;
 use super::{FREE_BYTES, Rules};
 use crate::clock;
@@ -103,7 +103,7 @@ pub(super) struct Done {
 }
 
 impl Job {
-    pub(super) async fn run(mut self, deliverer: &Deliverer) -> Done {
+    pub(super) async fn run(mut self) -> Done {
         let mut done = Done {
             lane: self.lane,
             endpoint: self.endpoint,
@@ -149,7 +149,7 @@ impl Job {
         let seen = tokio::select! {
             // An answer that is there counts.
             biased;
-            seen = deliverer.attempt(&self.target, push, connection, self.rules.timeout, may_send) => seen,
+            seen = delivery::attempt(&self.target, push, connection, self.rules.timeout, may_send) => seen,
             // Nothing was sent; whatever is waited for, it is of no use any more.
             () = self.stage.withdrawn.notified() => None,
             () = self.stage.given_up.notified() => self.stage.is_sending().then(|| Report::Timeout.into()),

@@ -8,7 +8,8 @@ use bytes::Bytes;
 use serde_json::json;
 use tokio::sync::oneshot;
 
-use super::deliverer::{Connection, Deliverer, Push};
+use super::delivery::{self, Connection, Push};
+use super::target::Network;
 use super::{Relay, Rules};
 use crate::clock;
 use crate::config::{Endpoints, UrlRule};
@@ -87,7 +88,7 @@ pub struct Configure {
     /// What may be connected to.
     pub rule: Arc<UrlRule>,
     /// With certificates read anew, and other rules: after a reload.
-    pub reloaded: Option<(Deliverer, Rules, schedule::Rules)>,
+    pub reloaded: Option<(Network, Rules, schedule::Rules)>,
     /// Answered.
     pub reply: oneshot::Sender<()>,
 }
@@ -188,8 +189,8 @@ impl Relay {
             Command::Configure(configure) => {
                 let Configure { endpoints, rule, reloaded, reply } = *configure;
                 let is_reload = reloaded.is_some();
-                if let Some((deliverer, rules, of_schedule)) = reloaded {
-                    self.deliverer = deliverer.with_names_of(&self.deliverer);
+                if let Some((network, rules, of_schedule)) = reloaded {
+                    self.network = network.with_names_of(&self.network);
                     self.rules = Arc::new(rules);
                     self.schedule.set_rules(of_schedule);
                 }
@@ -263,15 +264,15 @@ impl Relay {
             }],
         });
         let push = Push { id: format!("msg_test_{id:032x}"), attempt: 1, body: Bytes::from(body.to_string()) };
-        let (deliverer, timeout) = (self.deliverer.clone(), self.rules.timeout);
+        let timeout = self.rules.timeout;
         let (logs_attempts, webhook_id) = (self.rules.logs_attempts, push.id.clone());
         let metrics = self.metrics_of(endpoint);
         tokio::spawn(async move {
             let begun = clock::now();
-            let seen = match deliverer.attempt(&target, push.clone(), Connection::Any, timeout, || true).await {
+            let seen = match delivery::attempt(&target, push.clone(), Connection::Any, timeout, || true).await {
                 // The pooled connection was closed: that says nothing of the address.
                 Some(seen) if seen.report == Report::StaleConnection => {
-                    deliverer.attempt(&target, push, Connection::New, timeout, || true).await
+                    delivery::attempt(&target, push, Connection::New, timeout, || true).await
                 }
                 seen => seen,
             };

@@ -1,9 +1,10 @@
 //! The relay: one task that owns the schedule. It hears what is durable, starts what is due, records what came of it.
 
 mod attempt;
+mod attempts;
 mod burials;
 mod commands;
-mod deliverer;
+mod delivery;
 mod descriptors;
 mod dialer;
 mod holds;
@@ -19,12 +20,13 @@ use std::time::Duration;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::task::JoinSet;
 
-use self::attempt::{Done, Job, Stage};
+use self::attempt::{Job, Stage};
+use self::attempts::Attempts;
 use self::burials::{Buried, BuryWaiter};
 pub use self::commands::{AttemptsSeen, Command, Configure, LaneShown, Tested, View};
-pub use self::deliverer::Deliverer;
 pub use self::descriptors::max_in_flight;
 pub use self::holds::holds;
+pub use self::target::Network;
 use self::target::Target;
 use self::withdrawals::Withdrawing;
 use crate::clock;
@@ -74,14 +76,14 @@ pub struct Rules {
 pub struct Relay {
     schedule: Schedule,
     store: Store,
-    deliverer: Deliverer,
+    network: Network,
     rules: Arc<Rules>,
     metrics: Metrics,
     targets: HashMap<EndpointName, Arc<Target>>,
     endpoint_metrics: HashMap<EndpointName, Arc<EndpointMetrics>>,
     /// Attempts in flight, to be told when they are withdrawn before they have begun to send.
     stages: HashMap<u32, Arc<Stage>>,
-    attempts: JoinSet<Done>,
+    attempts: Attempts,
     bodies: Arc<Semaphore>,
     cold_reads: Arc<Semaphore>,
     burying: JoinSet<Vec<Buried>>,
@@ -114,7 +116,7 @@ impl Relay {
     pub fn new(
         schedule: Schedule,
         store: Store,
-        deliverer: Deliverer,
+        network: Network,
         (endpoints, rule): (&Endpoints, &Arc<UrlRule>),
         rules: Rules,
         metrics: Metrics,
@@ -124,13 +126,13 @@ impl Relay {
         let mut relay = Relay {
             schedule,
             store,
-            deliverer,
+            network,
             rules: Arc::new(rules),
             metrics,
             targets: HashMap::new(),
             endpoint_metrics: HashMap::new(),
             stages: HashMap::new(),
-            attempts: JoinSet::new(),
+            attempts: Attempts::new(),
             bodies: Arc::new(Semaphore::new(BODIES_KIB)),
             cold_reads: Arc::new(Semaphore::new(COLD_READS)),
             burying: JoinSet::new(),
@@ -166,7 +168,7 @@ impl Relay {
             self.schedule.put_endpoint(name, endpoint.limits, now);
             // Its series are there from the start.
             drop(self.metrics_of(name));
-            let new = Arc::new(self.deliverer.target(endpoint.clone(), rule));
+            let new = Arc::new(self.network.target(endpoint.clone(), rule));
             let old = before.remove(&name);
             let is_same = |old: &Arc<Target>| old.rule == new.rule && old.endpoint.is_same_receiver(&new.endpoint);
             let same = old.as_ref().filter(|old| is_same(old));
@@ -214,9 +216,9 @@ impl Relay {
                         self.hear(notice);
                     }
                 }
-                Some(done) = self.attempts.join_next() => {
+                Some(done) = self.attempts.next() => {
                     self.take_report(done);
-                    while let Some(done) = self.attempts.try_join_next() {
+                    while let Some(done) = self.attempts.try_next() {
                         self.take_report(done);
                     }
                 }
@@ -354,8 +356,7 @@ impl Relay {
             bodies: Arc::clone(&self.bodies),
             cold_reads: Arc::clone(&self.cold_reads),
         };
-        let deliverer = self.deliverer.clone();
-        self.attempts.spawn(async move { job.run(&deliverer).await });
+        self.attempts.start(job);
         if self.reap_at == 0 {
             self.reap_at = clock::micros() + micros(REAP_EVERY);
         }

@@ -11,12 +11,7 @@ use crate::domain::verdict::{AttemptResult, Verdict};
 use crate::store::{Ending, Note};
 
 impl Relay {
-    pub(super) fn take_report(&mut self, done: Result<Done, tokio::task::JoinError>) {
-        let done = match done {
-            Ok(done) => done,
-            // A panic has ended the process already; nothing is ever cancelled.
-            Err(error) => return tracing::error!(%error, "an attempt ended without a report"),
-        };
+    pub(super) fn take_report(&mut self, done: Done) {
         self.stages.remove(&done.lane);
         let metrics = self.metrics_of(done.endpoint);
         if let Some(result) = done.result {

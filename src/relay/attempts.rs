@@ -1,0 +1,82 @@
+//! The tasks that make attempts. Each makes one after the other: beginning and ending one for each attempt took a
+//! twentieth of the CPU of an event.
+
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinSet;
+
+use super::attempt::{Done, Job};
+
+/// Tasks that are kept while there is nothing for them to do, some 3 KB each.
+const IDLE_MAX: usize = 64;
+
+/// The attempts under way, and the tasks that make them, which end with it.
+#[derive(Debug)]
+pub(super) struct Attempts {
+    under_way: usize,
+    tasks: JoinSet<()>,
+    idle: Vec<Idle>,
+    report: mpsc::UnboundedSender<(Done, Idle)>,
+    reports: mpsc::UnboundedReceiver<(Done, Idle)>,
+}
+
+/// A task that waits for its next attempt; it ends when this is dropped.
+type Idle = oneshot::Sender<Job>;
+
+impl Attempts {
+    pub(super) fn new() -> Attempts {
+        #[expect(clippy::disallowed_methods, reason = "no more reports than attempts in flight")]
+        let (report, reports) = mpsc::unbounded_channel();
+        Attempts { under_way: 0, tasks: JoinSet::new(), idle: Vec::new(), report, reports }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.under_way == 0
+    }
+
+    pub(super) fn start(&mut self, job: Job) {
+        self.under_way += 1;
+        let job = match self.idle.pop() {
+            None => Some(job),
+            // Never an error: a task ends only when it is given up here.
+            Some(idle) => idle.send(job).err(),
+        };
+        if let Some(job) = job {
+            while self.tasks.try_join_next().is_some() {}
+            self.tasks.spawn(work(job, self.report.clone()));
+        }
+    }
+
+    /// What came of an attempt; waits for one to end.
+    pub(super) async fn next(&mut self) -> Option<Done> {
+        let ended = self.reports.recv().await?;
+        Some(self.take(ended))
+    }
+
+    /// What came of an attempt that has ended, if there is one.
+    pub(super) fn try_next(&mut self) -> Option<Done> {
+        let ended = self.reports.try_recv().ok()?;
+        Some(self.take(ended))
+    }
+
+    fn take(&mut self, (done, idle): (Done, Idle)) -> Done {
+        self.under_way -= 1;
+        if self.idle.len() < IDLE_MAX {
+            self.idle.push(idle);
+        }
+        done
+    }
+}
+
+async fn work(mut job: Job, report: mpsc::UnboundedSender<(Done, Idle)>) {
+    loop {
+        let done = job.run().await;
+        let (idle, next) = oneshot::channel();
+        if report.send((done, idle)).is_err() {
+            return;
+        }
+        match next.await {
+            Ok(next) => job = next,
+            Err(_) => return,
+        }
+    }
+}
