@@ -171,12 +171,26 @@ pub(super) async fn turn(api: &Api, bytes: usize) -> Result<Option<SemaphorePerm
     }
 }
 
-/// The media type, in lower case; `None` without one. Only UTF-8 is understood.
-pub(super) fn content_type(headers: &HeaderMap) -> Result<Option<String>, ApiError> {
+/// The media types of the bodies that are understood.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum MediaType {
+    Json,
+    Ndjson,
+    Form,
+    Other,
+}
+
+/// Of which type the body is; `None`: not said. Only UTF-8 is understood.
+pub(super) fn media_type(headers: &HeaderMap) -> Result<Option<MediaType>, ApiError> {
+    const KNOWN: [(&str, MediaType); 3] = [
+        ("application/json", MediaType::Json),
+        ("application/x-ndjson", MediaType::Ndjson),
+        ("application/x-www-form-urlencoded", MediaType::Form),
+    ];
     let Some(value) = headers.get(header::CONTENT_TYPE) else { return Ok(None) };
     let value = value.to_str().map_err(|_| unsupported("a readable content type"))?;
     let mut parts = value.split(';').map(str::trim);
-    let media_type = parts.next().unwrap_or("").to_ascii_lowercase();
+    let name = parts.next().unwrap_or("");
     for parameter in parts {
         let (name, value) = parameter.split_once('=').unwrap_or((parameter, ""));
         let charset = value.trim().trim_matches('"');
@@ -184,7 +198,8 @@ pub(super) fn content_type(headers: &HeaderMap) -> Result<Option<String>, ApiErr
             return Err(error(Code::UnsupportedMediaType, "content-type: charset must be utf-8"));
         }
     }
-    Ok(Some(media_type))
+    let known = KNOWN.iter().find(|(known, _)| name.eq_ignore_ascii_case(known));
+    Ok(Some(known.map_or(MediaType::Other, |(_, media_type)| *media_type)))
 }
 
 pub(super) fn unsupported(expected: &str) -> ApiError {
@@ -199,17 +214,17 @@ mod tests {
     #[test]
     fn content_types_are_read_with_their_charset() {
         let table = [
-            ("application/json", Ok(Some("application/json"))),
-            ("Application/JSON; charset=\"UTF-8\"", Ok(Some("application/json"))),
-            ("application/json;charset=utf-8", Ok(Some("application/json"))),
+            ("application/json", Ok(MediaType::Json)),
+            ("Application/JSON; charset=\"UTF-8\"", Ok(MediaType::Json)),
+            ("application/x-ndjson;charset=utf-8", Ok(MediaType::Ndjson)),
+            ("application/x-www-form-urlencoded", Ok(MediaType::Form)),
             ("application/json; charset=gbk", Err(())),
-            ("text/plain", Ok(Some("text/plain"))),
+            ("text/plain", Ok(MediaType::Other)),
         ];
         for (value, expected) in table {
             let mut headers = HeaderMap::new();
             headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(value));
-            let found = content_type(&headers).map_err(|_| ());
-            assert_eq!(found.as_ref().map(|found| found.as_deref()), expected.as_ref().copied(), "{value}");
+            assert_eq!(media_type(&headers).map_err(|_| ()), expected.map(Some), "{value}");
         }
     }
 }

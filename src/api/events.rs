@@ -22,6 +22,8 @@ use crate::store::{Accepted, Ending, Post, Posted, encode_event};
 /// Most events of a request.
 const EVENTS_MAX: usize = 1_000;
 
+const FULL: &str = "too many events wait for the endpoint";
+
 /// How a body is to be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Form {
@@ -87,16 +89,15 @@ pub(super) async fn post(api: &Api, form: Form, body: &[u8]) -> Result<Answer, A
             return Err(error(Code::InvalidRequest, "events: must not be empty"));
         };
         if let Ok(Posted::EndpointFull) = judged {
-            return Err(full());
+            return Err(error(Code::EndpointFull, FULL));
         }
-        return Ok(answer::json(StatusCode::ACCEPTED, &outcome(id, *judged, &full())));
+        return Ok(answer::json(StatusCode::ACCEPTED, &outcome(id, *judged)));
     }
     #[derive(Serialize)]
     struct Results<'a> {
         results: Vec<Outcome<'a>>,
     }
-    let full = full();
-    let results = ids.zip(judged).map(|(id, judged)| outcome(id, judged, &full)).collect();
+    let results = ids.zip(judged).map(|(id, judged)| outcome(id, judged)).collect();
     Ok(answer::json(StatusCode::ACCEPTED, &Results { results }))
 }
 
@@ -240,19 +241,18 @@ fn prepare<'a>(api: &Api, named: &'a Named<'a>, now_ms: u64) -> Post<'a> {
     Post { event, key: *key, endpoint, lane, record }
 }
 
-fn outcome<'a>(id: Option<&'a str>, judged: Judged<'a>, full: &'a ApiError) -> Outcome<'a> {
+fn outcome<'a>(id: Option<&'a str>, judged: Judged<'a>) -> Outcome<'a> {
     let plain = Outcome { event_id: id, outcome: "queued", reason: None, error: None };
     match judged {
         Ok(Posted::Queued) => plain,
         Ok(Posted::Duplicate) => Outcome { outcome: "duplicate", ..plain },
         Ok(Posted::Suppressed(reason)) => Outcome { outcome: "suppressed", reason: Some(reason.as_str()), ..plain },
-        Ok(Posted::EndpointFull) => Outcome { outcome: "refused", error: Some(full.body()), ..plain },
+        Ok(Posted::EndpointFull) => {
+            let error = ErrorBody { code: Code::EndpointFull.as_str(), message: FULL };
+            Outcome { outcome: "refused", error: Some(error), ..plain }
+        }
         Err(error) => Outcome { outcome: "rejected", error: Some(error.body()), ..plain },
     }
-}
-
-fn full() -> ApiError {
-    error(Code::EndpointFull, "too many events wait for the endpoint")
 }
 
 fn count_one(api: &Api, judged: Judged<'_>) {

@@ -9,7 +9,7 @@ use hyper::{Method, Request, Uri};
 use subtle::ConstantTimeEq as _;
 
 use super::answer::{Answer, ApiError, Code, error};
-use super::body::{Body, DISCARD_MAX, content_type, read_body, refused, turn, unsupported};
+use super::body::{Body, DISCARD_MAX, MediaType, media_type, read_body, refused, turn, unsupported};
 use super::events::Form;
 use super::query::{Query, decoded, is_utf8};
 use super::udesk::{self, BodyForm};
@@ -160,9 +160,11 @@ fn admit<'a>(
     // Also where no body is read: a form that a page sends does nothing here.
     let is_udesk = matches!(route, Route::H5push | Route::Survey);
     if !request.body().is_end_stream() && !is_udesk {
-        match content_type(request.headers())?.as_deref() {
-            Some("application/json" | "application/x-ndjson") => {}
-            _ => return Err(unsupported("application/json or application/x-ndjson")),
+        match media_type(request.headers())? {
+            Some(MediaType::Json | MediaType::Ndjson) => {}
+            Some(MediaType::Form | MediaType::Other) | None => {
+                return Err(unsupported("application/json or application/x-ndjson"));
+            }
         }
     }
     let named = decoded(named)?;
@@ -206,10 +208,10 @@ async fn handle(api: &Api, route: Route, named: &str, request: Request<Incoming>
         Route::EndpointAction => operate::act(api, named).await,
         Route::Event => events::show(api, named, &query).await,
         Route::Events => {
-            let form = match content_type(request.headers())?.as_deref() {
-                Some("application/json") => Form::Json,
-                Some("application/x-ndjson") => Form::Ndjson,
-                _ => {
+            let form = match media_type(request.headers())? {
+                Some(MediaType::Json) => Form::Json,
+                Some(MediaType::Ndjson) => Form::Ndjson,
+                Some(MediaType::Form | MediaType::Other) | None => {
                     return Err(
                         refused(request, DISCARD_MAX, unsupported("application/json or application/x-ndjson")).await
                     );
@@ -255,19 +257,23 @@ async fn handle(api: &Api, route: Route, named: &str, request: Request<Incoming>
 
 /// How the parameters of a Udesk-compatible call are written.
 pub(super) fn body_form(request: &Request<Incoming>) -> Result<BodyForm, ApiError> {
-    match content_type(request.headers())?.as_deref() {
+    match media_type(request.headers())? {
         None if request.body().is_end_stream() => Ok(BodyForm::None),
-        Some("application/json") => Ok(BodyForm::Json),
-        Some("application/x-www-form-urlencoded") => Ok(BodyForm::Form),
-        _ => Err(unsupported("application/json or application/x-www-form-urlencoded")),
+        Some(MediaType::Json) => Ok(BodyForm::Json),
+        Some(MediaType::Form) => Ok(BodyForm::Form),
+        Some(MediaType::Ndjson | MediaType::Other) | None => {
+            Err(unsupported("application/json or application/x-www-form-urlencoded"))
+        }
     }
 }
 
 async fn json_body(api: &Api, request: Request<Incoming>, bytes_max: usize) -> Result<Body, ApiError> {
-    match content_type(request.headers())?.as_deref() {
-        Some("application/json") => read_body(api, request, bytes_max).await,
+    match media_type(request.headers())? {
+        Some(MediaType::Json) => read_body(api, request, bytes_max).await,
         None if request.body().is_end_stream() => Err(error(Code::InvalidRequest, "body: is required")),
-        _ => Err(refused(request, DISCARD_MAX, unsupported("application/json")).await),
+        Some(MediaType::Ndjson | MediaType::Form | MediaType::Other) | None => {
+            Err(refused(request, DISCARD_MAX, unsupported("application/json")).await)
+        }
     }
 }
 

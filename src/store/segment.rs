@@ -79,28 +79,26 @@ fn read_cached(file: &File, bytes: &mut [u8], offset: u64) -> io::Result<usize> 
 type ReadAt = fn(&File, &mut [u8], u64) -> io::Result<usize>;
 
 fn read_frame_by(read_at: ReadAt, file: &File, segment: u64, offset: u32) -> io::Result<Option<Frame>> {
-    let mut bytes = vec![0; READ_FIRST];
-    let read = read_up_to(read_at, file, &mut bytes, u64::from(offset))?;
-    bytes.truncate(read);
-    let Some(header) =
-        Header::read(&bytes).filter(|header| header.segment == segment as u32 && header.offset == offset)
+    let mut first = [0; READ_FIRST];
+    let read = read_up_to(read_at, file, &mut first, u64::from(offset))?;
+    let first = first.get(..read).unwrap_or_default();
+    let Some(header) = Header::read(first).filter(|header| header.segment == segment as u32 && header.offset == offset)
     else {
         return Ok(None);
     };
     let len = header.frame_len() as usize;
-    if len > bytes.len() {
-        let have = bytes.len();
-        let file_len = file.metadata()?.len();
-        if u64::from(offset) + len as u64 > file_len {
-            return Ok(None);
-        }
+    if len > read && u64::from(offset) + len as u64 > file.metadata()?.len() {
+        return Ok(None);
+    }
+    let mut bytes = Vec::with_capacity(len);
+    bytes.extend_from_slice(first.get(..len).unwrap_or(first));
+    if len > read {
         bytes.resize(len, 0);
-        let rest = bytes.get_mut(have..).unwrap_or_default();
-        if read_up_to(read_at, file, rest, u64::from(offset) + have as u64)? < len - have {
+        let rest = bytes.get_mut(read..).unwrap_or_default();
+        if read_up_to(read_at, file, rest, u64::from(offset) + read as u64)? < len - read {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
     }
-    bytes.truncate(len);
     Ok(codec::checked_body(&header, &bytes).is_some().then_some(Frame { header, bytes }))
 }
 

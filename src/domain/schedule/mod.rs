@@ -25,6 +25,7 @@ mod views;
 
 use std::cmp::Reverse;
 use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::sync::Arc;
 use std::time::Duration;
 
 pub use self::burial::Burial;
@@ -66,7 +67,7 @@ pub struct Rules {
 /// The schedule.
 #[derive(Debug)]
 pub struct Schedule {
-    rules: Rules,
+    rules: Arc<Rules>,
     /// What waits. Public to those who fill it from the store.
     pub backlog: Backlog,
     lanes: Lanes,
@@ -88,7 +89,7 @@ impl Schedule {
     #[must_use]
     pub fn new(rules: Rules) -> Schedule {
         Schedule {
-            rules,
+            rules: Arc::new(rules),
             backlog: Backlog::default(),
             lanes: Lanes::default(),
             endpoints: Vec::new(),
@@ -117,7 +118,7 @@ impl Schedule {
 
     /// Goes by other rules from now on.
     pub fn set_rules(&mut self, rules: Rules) {
-        self.rules = rules;
+        self.rules = Arc::new(rules);
     }
 
     /// Pauses an endpoint or lets it go on.

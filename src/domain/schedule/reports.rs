@@ -1,6 +1,7 @@
 //! What came of an attempt.
 
 use std::cmp::Reverse;
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::endpoint::Down;
@@ -137,7 +138,7 @@ impl Schedule {
         if flight.is_outdated {
             return None;
         }
-        let rules = self.rules.clone();
+        let rules = Arc::clone(&self.rules);
         let endpoint = self.endpoint_mut(lane.endpoint)?;
         endpoint.in_flight = endpoint.in_flight.saturating_sub(1);
         if let Some(down) = endpoint.down.as_mut().filter(|_| flight.is_probe) {

@@ -8,7 +8,7 @@ use super::{Admission, Changed, Refusal, Request, Staged, Step, Ticket, Undo, Wi
 use crate::domain::customer::{Customer, Hearing, NameKind, Toggle};
 use crate::domain::endpoint::Plugin;
 use crate::store::codec::{Record, StateChange};
-use crate::store::state::{StateCache, StateKey, StateValue};
+use crate::store::state::{StateKey, StateValue};
 
 impl Admission {
     /// Stages what a request says of a customer. `Done(None)`: there is no such customer, and there must be.
@@ -122,20 +122,20 @@ impl Admission {
         hearing: &Hearing,
         missing: &mut HashSet<StateKey>,
     ) {
-        let mut need = |cache: &mut StateCache, key: StateKey| -> Option<StateValue> {
-            let found = cache.get(&key).cloned();
-            if found.is_none() {
+        // What a name stands for, if it is here.
+        let mut need = |key: StateKey| match self.cache.get(&key) {
+            Some(StateValue::Name(holder)) => holder.clone(),
+            Some(StateValue::Customer(_)) => None,
+            None => {
                 missing.insert(key);
+                None
             }
-            found
         };
-        need(&mut self.cache, StateKey::Customer(plugin, web_token.to_owned()));
+        need(StateKey::Customer(plugin, web_token.to_owned()));
         for (kind, name) in names(hearing) {
-            let holder = need(&mut self.cache, StateKey::Name(kind, plugin, name.to_owned()));
-            if let Some(StateValue::Name(Some(other))) = holder
-                && other != web_token
-            {
-                need(&mut self.cache, StateKey::Customer(plugin, other));
+            let holder = need(StateKey::Name(kind, plugin, name.to_owned()));
+            if let Some(other) = holder.filter(|holder| holder != web_token) {
+                need(StateKey::Customer(plugin, other));
             }
         }
     }
@@ -149,13 +149,14 @@ impl Admission {
         now_s: u64,
     ) -> (Customer, Vec<StateChange>) {
         let before = self.known(plugin, web_token, now_s);
-        let base = before.clone().unwrap_or_else(|| Customer::new(web_token, plugin));
+        let is_new = before.is_none();
+        let base = before.unwrap_or_else(|| Customer::new(web_token, plugin));
         let after = base.after(hearing, now_s, self.rules.forget_after_s);
         // In such an order that a crash in the middle leaves everybody to be found by the name that was acknowledged.
         let mut changes = Vec::new();
         let mut former = Vec::new();
         for (kind, name) in names(hearing) {
-            if base.name(kind) == Some(name) && before.is_some() {
+            if base.name(kind) == Some(name) {
                 continue;
             }
             former.extend(base.name(kind).map(|old| name_change(kind, plugin, old, None)));
@@ -172,7 +173,7 @@ impl Admission {
             }
             changes.push(name_change(kind, plugin, name, Some(web_token.to_owned())));
         }
-        if before.as_ref() != Some(&after) {
+        if is_new || after != base {
             changes.push(StateChange::PutCustomer(after.clone()));
         }
         changes.extend(former);
