@@ -31,7 +31,7 @@ pub enum StartError {
     #[error(transparent)]
     Store(#[from] store::OpenError),
     /// An address cannot be listened on.
-    #[error("cannot listen on {0}")]
+    #[error(transparent)]
     Listen(#[from] api::ListenError),
     /// The TLS library refuses its own settings.
     #[error("TLS: {0}")]
@@ -112,6 +112,7 @@ impl App {
                     schedule.set_pauses(name, pauses, 0);
                 }
                 for (name, wait) in relay::holds(settings, &endpoints) {
+                    tracing::info!(endpoint = %name, seconds = wait.as_secs(), "the receiver asked to be left alone");
                     schedule.hold(name, wait, clock::micros());
                 }
             };

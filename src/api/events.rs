@@ -124,7 +124,7 @@ pub(super) async fn show(api: &Api, event_id: &str, query: &str) -> Result<Answe
     };
     let fate = tokio::task::spawn_blocking(look_up).await.map_err(|_| answer::busy())??;
     let fate = fate.ok_or_else(|| {
-        error(Code::NotFound, "event_id: not accepted, or longer ago than outbox.dedupe_window or dedupe_max reach")
+        error(Code::NotFound, "event_id: not accepted for this im_web_plugin_id, or longer ago than outbox.dedupe_window or dedupe_max reach")
     })?;
     let state = match fate.ended.map(|(ending, _)| ending) {
         None => "queued",

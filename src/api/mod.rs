@@ -38,7 +38,7 @@ use crate::domain::customer::Customer;
 use crate::domain::endpoint::{EndpointName, Plugin};
 use crate::domain::gate::{self, Question};
 use crate::metrics::{EndpointNow, Metrics, Now};
-use crate::relay::{AttemptsSeen, Command, View};
+use crate::relay::{Command, View};
 use crate::store::Store;
 
 /// Memory for the bodies of requests, KiB; a single body is at most 32 MiB.
@@ -157,8 +157,8 @@ impl Api {
         self.ask(|reply| Command::Waiting { plugin, web_token, reply }).await
     }
 
-    /// How everything stands, and what was seen of attempts; `None` when the relay does not answer.
-    async fn now(&self) -> Option<(Now, AttemptsSeen)> {
+    /// How everything stands, and how the relay sees it; `None` when the relay does not answer.
+    async fn now(&self) -> Option<(Now, View)> {
         let view: View = self.ask(Command::View).await?;
         let store = self.store.clone();
         let (store_bytes, dead) =
@@ -193,7 +193,7 @@ impl Api {
             free_floor_bytes: self.store.free_floor(),
             store_bytes,
         };
-        Some((now, view.seen))
+        Some((now, view))
     }
 
     /// Whether it accepts: listeners up, store open, disk above the floor.

@@ -76,6 +76,9 @@ struct Endpoint {
     oldest_age_seconds: f64,
     in_flight: u32,
     dead_letters: u64,
+    /// Why nothing is begun just now, and until when, if that is known.
+    waits_for: Option<&'static str>,
+    waits_until: Option<String>,
     last_error: Option<Arc<str>>,
     /// Counters since the start, for those who want rates.
     delivered_messages: u64,
@@ -120,8 +123,9 @@ impl History {
 }
 
 pub(super) async fn status(api: &Api) -> Result<Answer, ApiError> {
-    let (now, seen) = api.now().await.ok_or_else(busy)?;
+    let (now, view) = api.now().await.ok_or_else(busy)?;
     let reload = api.reload.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    let now_ms = clock::wall_ms();
     let endpoints: Vec<Endpoint> = now
         .endpoints
         .iter()
@@ -134,8 +138,10 @@ pub(super) async fn status(api: &Api) -> Result<Answer, ApiError> {
                 oldest_age_seconds: endpoint.oldest_age_seconds,
                 in_flight: endpoint.in_flight,
                 dead_letters: endpoint.dead_letters,
-                last_error: seen.last_errors.get(&endpoint.name).cloned(),
-                attempt_seconds: seen.attempt_seconds.get(&endpoint.name).copied(),
+                waits_for: view.waits.get(&endpoint.name).map(|(what, _)| what.as_str()),
+                waits_until: view.waits.get(&endpoint.name).and_then(|(_, left)| moment(now_ms, *left)),
+                last_error: view.seen.last_errors.get(&endpoint.name).cloned(),
+                attempt_seconds: view.seen.attempt_seconds.get(&endpoint.name).copied(),
                 history: api.history.of(endpoint.name),
                 delivered_messages: counted.delivered_messages(),
                 failed_attempts: counted.failed_attempts(),
@@ -173,8 +179,10 @@ struct Lane {
     in_flight: bool,
     attempts: u32,
     accepted_at: Option<String>,
-    /// `null`: now, or when its endpoint lets it.
+    /// `null`: now, or nobody knows.
     next_attempt_at: Option<String>,
+    /// `null`: for nothing but its turn.
+    waits_for: Option<&'static str>,
     last_error: Option<Arc<str>>,
 }
 
@@ -200,7 +208,7 @@ pub(super) async fn lanes(api: &Api, query: &Query) -> Result<Answer, ApiError> 
 }
 
 fn read_lane(shown: LaneShown, now_ms: u64) -> Lane {
-    let LaneShown { lane, head: (reader, offset), wait, last_error } = shown;
+    let LaneShown { lane, head: (reader, offset), waits, last_error } = shown;
     let head = reader.and_then(|reader| reader.read(offset).ok().flatten());
     let event = head.as_ref().and_then(|head| head.event());
     Lane {
@@ -211,9 +219,15 @@ fn read_lane(shown: LaneShown, now_ms: u64) -> Lane {
         in_flight: lane.in_flight,
         attempts: lane.retry.map_or(0, |retry| retry.made()),
         accepted_at: event.map(|event| rfc3339(event.accepted_ms)),
-        next_attempt_at: wait.map(|wait| rfc3339(now_ms + wait.as_millis() as u64)),
+        next_attempt_at: waits.and_then(|(_, left)| moment(now_ms, left)),
+        waits_for: waits.map(|(what, _)| what.as_str()),
         last_error,
     }
+}
+
+/// The moment that is so far away.
+fn moment(now_ms: u64, left: Option<Duration>) -> Option<String> {
+    left.map(|left| rfc3339(now_ms + left.as_millis() as u64))
 }
 
 /// The lanes that a customer may have, of one endpoint or of all; for surveys, those of the session of that number.

@@ -45,7 +45,7 @@ pub type Shutdown = watch::Receiver<bool>;
 
 /// Why nothing listens.
 #[derive(Debug, thiserror::Error)]
-#[error("{listen}: {error}")]
+#[error("cannot listen on {listen}: {error}")]
 pub struct ListenError {
     listen: String,
     error: io::Error,

@@ -42,7 +42,8 @@ pub(super) enum Endpoints {
     List,
     /// Saves an address; it wins over the config file until it is deleted.
     Set(Set),
-    /// Deletes a saved address: what the config file says counts again.
+    /// Deletes a saved address: what the config file says counts again. Where that is nothing, what waits for it becomes
+    /// dead letters.
     Delete { name: String },
     /// Stops pushing; events go on being accepted.
     Pause { name: String },
@@ -61,7 +62,7 @@ pub(super) struct Set {
     /// The address.
     #[arg(long, required_unless_present = "no_push")]
     pub(super) url: Option<String>,
-    /// No push for this plugin, whatever the file or `default` says.
+    /// No push for this plugin, whatever the file or `default` says; what waits for it becomes dead letters.
     #[arg(long, conflicts_with = "url")]
     pub(super) no_push: bool,
     /// A file with the secret that pushes are signed with; `-`: standard input. Without it the secret stays.
@@ -113,6 +114,9 @@ pub(super) struct Filter {
     /// Most of them, at most 1000.
     #[arg(long, default_value_t = 100)]
     pub(super) limit: u32,
+    /// Those after this: what the list before ended with.
+    #[arg(long)]
+    pub(super) after: Option<String>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -148,8 +152,8 @@ pub(super) enum Toggle {
     Set {
         #[command(flatten)]
         who: Who,
-        /// `on` or `off`.
-        #[arg(value_parser = ["on", "off"])]
+        /// `on`, `off`, or `auto`: as the page was opened.
+        #[arg(value_parser = ["on", "off", "auto"])]
         to: String,
     },
 }
@@ -186,7 +190,7 @@ impl Filter {
     pub(super) fn path(&self, path: &str) -> String {
         let mut query = form_urlencoded::Serializer::new(String::new());
         query.append_pair("limit", &self.limit.to_string());
-        for (name, value) in [("endpoint", &self.endpoint), ("web_token", &self.web_token)] {
+        for (name, value) in [("endpoint", &self.endpoint), ("web_token", &self.web_token), ("after", &self.after)] {
             if let Some(value) = value {
                 query.append_pair(name, value);
             }

@@ -104,9 +104,9 @@ pub fn run() -> ExitCode {
         Some(Call::CheckConfig) => {
             read_config(&shared).map_err(anyhow::Error::from).and_then(|config| check::print(&config))
         }
-        Some(Call::Operate(operate)) => read_config(&shared)
+        Some(Call::Operate(operate)) => Config::read_local(&shared.config)
             .map_err(anyhow::Error::from)
-            .and_then(|config| operate.run(config.local, arguments.json)),
+            .and_then(|local| operate.run(local, arguments.json)),
         Some(Call::Store(call)) => {
             read_config(&shared).map_err(anyhow::Error::from).and_then(|config| call.run(&config, arguments.json))
         }

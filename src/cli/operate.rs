@@ -74,7 +74,8 @@ impl Relay {
             }
             Endpoints::Delete { name } => {
                 let done = self.call(Method::DELETE, &path(&name, ""), &Value::Null).await?;
-                return self.say(&done, format!("The saved address of {name} is deleted; the config file's counts."));
+                let line = format!("The saved address of {name} is deleted; what the config file says of it counts.");
+                return self.say(&done, line);
             }
             Endpoints::Pause { name } => (name, "pause"),
             Endpoints::Resume { name } => (name, "resume"),
@@ -114,7 +115,11 @@ impl Relay {
                     false => self.call(Method::POST, "/v1/dead-letters/replay", &selection.body()).await?,
                 };
                 let (replayed, skipped) = (number(&done, "replayed"), number(&done, "skipped"));
-                self.say(&done, format!("{replayed} dead letters are back in the outbox; {skipped} stay."))
+                let why = match skipped {
+                    0 => "",
+                    _ => ": not found, their customer is switched off, or no endpoint takes them",
+                };
+                self.say(&done, format!("{replayed} dead letters are back in the outbox; {skipped} stay{why}."))
             }
         }
     }
@@ -127,15 +132,10 @@ impl Relay {
         let total: u64 =
             items(&status, "endpoints").iter().filter(is_meant).map(|found| number(found, "dead_letters")).sum();
         let limit = REPLAYED_AT_ONCE as u32;
-        let filter = Filter { endpoint: endpoint.map(str::to_owned), web_token: None, limit };
-        let mut after = None;
+        let mut filter = Filter { endpoint: endpoint.map(str::to_owned), web_token: None, limit, after: None };
         let mut left = total;
         while left > 0 {
-            let mut path = filter.path("/v1/dead-letters");
-            if let Some(after) = &after {
-                path += &format!("&after={after}");
-            }
-            let page = self.get(&path).await?;
+            let page = self.get(&filter.path("/v1/dead-letters")).await?;
             let found = items(&page, "dead_letters").iter().map(|letter| text(letter, "id"));
             let ids: Vec<&str> = found.take(left as usize).collect();
             left = left.saturating_sub(ids.len() as u64);
@@ -143,8 +143,8 @@ impl Relay {
             replayed += number(&done, "replayed");
             skipped += number(&done, "skipped");
             // A page of letters that do not read back is empty, and not the last.
-            after = page.get("next").and_then(Value::as_str).map(str::to_owned);
-            if after.is_none() {
+            filter.after = page.get("next").and_then(Value::as_str).map(str::to_owned);
+            if filter.after.is_none() {
                 break;
             }
             if io::stderr().is_terminal() {
@@ -160,6 +160,13 @@ impl Relay {
     async fn toggle(&self, call: Toggle) -> anyhow::Result<()> {
         let (who, to) = match call {
             Toggle::Get(who) => (who, None),
+            Toggle::Set { who, to } if to == "auto" => {
+                // It must be there: a call would remember a new one.
+                self.get(&customer_path(&who.web_token, Some(who.plugin))).await?;
+                let body = json!({ "web_token": who.web_token, "im_web_plugin_id": who.plugin, "toggle": to });
+                let customer = self.call(Method::PUT, "/v1/customers", &body).await?;
+                return self.show(&customer, show_fields);
+            }
             Toggle::Set { who, to } => (who, Some(to == "on")),
         };
         let mut body = json!({ "web_token": who.web_token, "im_web_plugin_id": who.plugin });
@@ -182,17 +189,13 @@ impl Relay {
     }
 
     async fn customers(&self, call: Customers) -> anyhow::Result<()> {
-        let path = |web_token: &str, plugin: Option<u64>| {
-            let plugin = plugin.map_or(String::new(), |plugin| format!("&im_web_plugin_id={plugin}"));
-            format!("/v1/customers?web_token={}{plugin}", escaped(web_token))
-        };
         match call {
             Customers::Show { web_token, plugin } => {
-                let customer = self.get(&path(&web_token, plugin)).await?;
+                let customer = self.get(&customer_path(&web_token, plugin)).await?;
                 self.show(&customer, show_fields)
             }
             Customers::Forget { web_token, plugin } => {
-                let done = self.call(Method::DELETE, &path(&web_token, plugin), &Value::Null).await?;
+                let done = self.call(Method::DELETE, &customer_path(&web_token, plugin), &Value::Null).await?;
                 let (withdrawn, letters) = (number(&done, "withdrawn"), number(&done, "dead_letters"));
                 self.say(&done, format!("Forgotten, with {withdrawn} waiting events and {letters} dead letters."))
             }
@@ -213,7 +216,9 @@ impl Relay {
         let (status, text_of_it) = self.client.call(method, path, "application/json", body).await?;
         let answer: Value = serde_json::from_slice(&text_of_it).context("the answer is no JSON: is this the relay?")?;
         if status == StatusCode::UNAUTHORIZED {
-            bail!("the relay asks for a token: give local.token_file in the config that --config names");
+            bail!(
+                "the relay takes no such token: give its local.token_file, or local.token, in the config that --config names"
+            );
         }
         if !status.is_success() {
             let error = answer.get("error").unwrap_or(&answer);
@@ -229,6 +234,11 @@ impl Relay {
     fn say(&self, answer: &Value, line: String) -> anyhow::Result<()> {
         self.show(answer, |_| writeln!(io::stdout(), "{line}"))
     }
+}
+
+fn customer_path(web_token: &str, plugin: Option<u64>) -> String {
+    let plugin = plugin.map_or(String::new(), |plugin| format!("&im_web_plugin_id={plugin}"));
+    format!("/v1/customers?web_token={}{plugin}", escaped(web_token))
 }
 
 fn escaped(text: &str) -> String {

@@ -25,7 +25,7 @@ pub(super) fn run(listen: SocketAddr, secret: Option<&str>, fail: Option<u16>) -
 
 fn show(received: &Received, keys: Option<&SigningKeys>, status: StatusCode) -> StatusCode {
     let verdict = keys.map(|keys| verify(received, keys));
-    let status = if verdict == Some(Err("wrong")) { StatusCode::UNAUTHORIZED } else { status };
+    let status = if matches!(verdict, Some(Err(_))) { StatusCode::UNAUTHORIZED } else { status };
     let mut out = io::stdout().lock();
     let signature = match verdict {
         None => "",

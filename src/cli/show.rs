@@ -1,6 +1,7 @@
 //! Answers of the relay, for people.
 
 use std::io::{self, Write as _};
+use std::time::Duration;
 
 use serde_json::Value;
 use serde_json::value::RawValue;
@@ -27,7 +28,10 @@ pub(super) fn items<'a>(value: &'a Value, name: &str) -> &'a [Value] {
 pub(super) fn show_status(status: &Value) -> io::Result<()> {
     let part = |name: &str| status.get(name).cloned().unwrap_or_default();
     let (outbox, disk, config) = (part("outbox"), part("disk"), part("config"));
-    let gib = |bytes: u64| format!("{:.1} GiB", bytes as f64 / f64::from(1 << 30));
+    let size = |bytes: u64| match bytes >> 30 {
+        0 => format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20)),
+        _ => format!("{:.1} GiB", bytes as f64 / f64::from(1 << 30)),
+    };
     let mut out = io::stdout();
     writeln!(out, "h5push-relay {}, up for {}", text(status, "version"), span(real(status, "uptime_seconds")))?;
     writeln!(
@@ -36,13 +40,21 @@ pub(super) fn show_status(status: &Value) -> io::Result<()> {
         number(&outbox, "events"),
         span(real(&outbox, "oldest_age_seconds")),
         number(status, "dead_letters"),
-        gib(number(&disk, "free_bytes")),
-        gib(number(&disk, "floor_bytes")),
+        size(number(&disk, "free_bytes")),
+        size(number(&disk, "floor_bytes")),
     )?;
+    if number(&disk, "free_bytes") < number(&disk, "floor_bytes") {
+        writeln!(out, "Events are refused: the disk is nearly full.")?;
+    }
     if !text(&config, "error").is_empty() {
         writeln!(out, "The last reload failed, and the config of before is in effect: {}", text(&config, "error"))?;
     }
+    let needs_restart: Vec<&str> = items(&config, "needs_restart").iter().filter_map(Value::as_str).collect();
+    if !needs_restart.is_empty() {
+        writeln!(out, "Changed in the config, and in effect after a restart: {}", needs_restart.join(", "))?;
+    }
     writeln!(out)?;
+    let now = clock::wall();
     let row = |endpoint: &Value| {
         vec![
             text(endpoint, "name").to_owned(),
@@ -51,6 +63,7 @@ pub(super) fn show_status(status: &Value) -> io::Result<()> {
             span(real(endpoint, "oldest_age_seconds")),
             number(endpoint, "in_flight").to_string(),
             number(endpoint, "dead_letters").to_string(),
+            waits(endpoint, "waits_until", now),
             text(endpoint, "last_error").to_owned(),
         ]
     };
@@ -58,7 +71,7 @@ pub(super) fn show_status(status: &Value) -> io::Result<()> {
     if rows.is_empty() {
         return writeln!(out, "There is no endpoint yet: h5push-relay endpoints set default --url https://…");
     }
-    table::print(&["endpoint", "state", "events", "oldest", "in flight", "dead", "last error"], &rows)
+    table::print(&["endpoint", "state", "events", "oldest", "in flight", "dead", "waits for", "last error"], &rows)
 }
 
 pub(super) fn show_endpoints(list: &Value) -> io::Result<()> {
@@ -66,7 +79,11 @@ pub(super) fn show_endpoints(list: &Value) -> io::Result<()> {
         let headers: Vec<&str> = items(endpoint, "headers").iter().filter_map(Value::as_str).collect();
         vec![
             text(endpoint, "name").to_owned(),
-            state(text(endpoint, "state")),
+            if endpoint.get("url").is_some_and(Value::is_null) {
+                "-".to_owned()
+            } else {
+                state(text(endpoint, "state"))
+            },
             text(endpoint, "source").to_owned(),
             real(endpoint, "rate_per_second").to_string(),
             number(endpoint, "burst").to_string(),
@@ -85,8 +102,8 @@ pub(super) fn show_lanes(list: &Value) -> io::Result<()> {
     let row = |lane: &Value| {
         let next = match text(lane, "next_attempt_at") {
             _ if lane.get("in_flight") == Some(&Value::Bool(true)) => "in flight".to_owned(),
-            "" => "now".to_owned(),
-            at => moment(at, now),
+            "" if text(lane, "waits_for").is_empty() => "now".to_owned(),
+            _ => waits(lane, "next_attempt_at", now),
         };
         vec![
             text(lane, "endpoint").to_owned(),
@@ -101,6 +118,19 @@ pub(super) fn show_lanes(list: &Value) -> io::Result<()> {
     let rows: Vec<Vec<String>> = items(list, "lanes").iter().map(row).collect();
     table::print(&["endpoint", "customer", "events", "oldest", "attempts", "next", "last error"], &rows)?;
     show_next(list)
+}
+
+/// What is waited for, and until when.
+fn waits(value: &Value, until: &str, now: Duration) -> String {
+    let what = match text(value, "waits_for") {
+        "resume" => return "resume (paused)".to_owned(),
+        "receiver" => "receiver (429 or 503)",
+        other => other,
+    };
+    match text(value, until) {
+        "" => what.to_owned(),
+        at => format!("{what}, {}", moment(at, now)),
+    }
 }
 
 pub(super) fn show_letters(list: &Value) -> io::Result<()> {
@@ -124,9 +154,7 @@ pub(super) fn show_letters(list: &Value) -> io::Result<()> {
 pub(super) fn show_next(list: &Value) -> io::Result<()> {
     match text(list, "next") {
         "" => Ok(()),
-        _ => {
-            writeln!(io::stdout(), "{}", table::dim("There are more: --limit, or a narrower --endpoint, --web-token."))
-        }
+        next => writeln!(io::stdout(), "{}", table::dim(&format!("There are more: --after {next}"))),
     }
 }
 

@@ -1,6 +1,7 @@
 //! `store`: the data directory of a relay that is stopped.
 
 use std::io::{self, Write as _};
+use std::os::unix::fs::MetadataExt as _;
 
 use anyhow::bail;
 use clap::Subcommand;
@@ -24,6 +25,15 @@ pub(super) enum StoreCall {
 
 impl StoreCall {
     pub(super) fn run(&self, config: &Config, json: bool) -> anyhow::Result<()> {
+        let dir = &config.data_dir;
+        if !store::is_store(dir) {
+            bail!("{}: no relay has stored anything here (data_dir of the config, --data-dir)", dir.display());
+        }
+        let owner = std::fs::metadata(dir)?.uid();
+        if !matches!(self, StoreCall::Verify) && owner != rustix::process::geteuid().as_raw() {
+            // What it writes would be ours, and the relay could not open it.
+            bail!("{}: belongs to user {owner}: do this as that user (sudo -u '#{owner}' …)", dir.display());
+        }
         match self {
             StoreCall::Verify => verify(config, json),
             StoreCall::Stats => stats(config, json),

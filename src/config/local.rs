@@ -72,6 +72,26 @@ impl Local {
     }
 }
 
+/// No two listeners are at one address.
+pub(super) fn check_apart(local: &Listen, metrics: SocketAddr, open_api: Option<SocketAddr>) -> Result<(), String> {
+    let local = if let Listen::Tcp(address) = local { Some(*address) } else { None };
+    let mut taken: Vec<(&str, SocketAddr)> = Vec::new();
+    for (name, address) in [("local", local), ("metrics", Some(metrics)), ("open_api", open_api)] {
+        // The system chooses where the port is 0.
+        let Some(address) = address.filter(|address| address.port() != 0) else { continue };
+        let (ip, port) = (address.ip().to_canonical(), address.port());
+        let is_same = |other: &SocketAddr| {
+            let other_ip = other.ip().to_canonical();
+            other.port() == port && (other_ip == ip || other_ip.is_unspecified() || ip.is_unspecified())
+        };
+        if let Some((other, _)) = taken.iter().find(|(_, other)| is_same(other)) {
+            return Err(format!("{name}.listen: {address} is what {other}.listen is already"));
+        }
+        taken.push((name, address));
+    }
+    Ok(())
+}
+
 /// Whether an address is beyond loopback.
 pub(super) fn is_exposed(address: SocketAddr) -> bool {
     !address.ip().to_canonical().is_loopback()

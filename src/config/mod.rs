@@ -23,8 +23,8 @@ use serde::Deserialize;
 use self::endpoint::EndpointWritten;
 pub use self::endpoint::{ClientCert, Defaults, Endpoint, Endpoints, Entry, Source, UrlRule};
 use self::files::{Files, expand};
-use self::local::BODY_BYTES_MAX;
 pub use self::local::Local;
+use self::local::{BODY_BYTES_MAX, check_apart};
 use self::open_api::OpenApiWritten;
 pub use self::open_api::{Account, OpenApi, ServerTls};
 use self::values::{EndpointKey, Positive, Size, Time};
@@ -211,9 +211,7 @@ impl Config {
     /// # Errors
     /// It cannot be read, or is wrong.
     pub fn read(path: &Path) -> Result<Config, ConfigError> {
-        let text =
-            std::fs::read_to_string(path).map_err(|error| ConfigError::Unreadable { path: path.to_owned(), error })?;
-        Config::parse(&text, path)
+        Config::parse(&read_text(path)?, path)
     }
 
     /// Checks a text. `path` is for messages.
@@ -224,6 +222,22 @@ impl Config {
         let wrong = |problem: String| ConfigError::Wrong { path: path.to_owned(), problem };
         let file: FileWritten = toml::from_str(text).map_err(|error| wrong(problem::describe(text, &error)))?;
         file.check().map_err(wrong)
+    }
+
+    /// Reads `[local]` alone: who speaks with a relay that runs can do so whatever else is wrong with the file by now.
+    ///
+    /// # Errors
+    /// It cannot be read, or that table is wrong.
+    pub fn read_local(path: &Path) -> Result<Local, ConfigError> {
+        #[derive(serde::Deserialize)]
+        struct LocalOnly {
+            #[serde(default)]
+            local: LocalWritten,
+        }
+        let text = read_text(path)?;
+        let wrong = |problem: String| ConfigError::Wrong { path: path.to_owned(), problem };
+        let file: LocalOnly = toml::from_str(&text).map_err(|error| wrong(problem::describe(&text, &error)))?;
+        file.local.check(&mut Files::default()).map_err(wrong)
     }
 
     /// Which keys differ from those of the config that runs, and are read at the start only.
@@ -271,24 +285,8 @@ impl Config {
     }
 }
 
-/// No two listeners are at one address.
-fn check_apart(local: &Listen, metrics: SocketAddr, open_api: Option<SocketAddr>) -> Result<(), String> {
-    let local = if let Listen::Tcp(address) = local { Some(*address) } else { None };
-    let mut taken: Vec<(&str, SocketAddr)> = Vec::new();
-    for (name, address) in [("local", local), ("metrics", Some(metrics)), ("open_api", open_api)] {
-        // The system chooses where the port is 0.
-        let Some(address) = address.filter(|address| address.port() != 0) else { continue };
-        let (ip, port) = (address.ip().to_canonical(), address.port());
-        let is_same = |other: &SocketAddr| {
-            let other_ip = other.ip().to_canonical();
-            other.port() == port && (other_ip == ip || other_ip.is_unspecified() || ip.is_unspecified())
-        };
-        if let Some((other, _)) = taken.iter().find(|(_, other)| is_same(other)) {
-            return Err(format!("{name}.listen: {address} is what {other}.listen is already"));
-        }
-        taken.push((name, address));
-    }
-    Ok(())
+fn read_text(path: &Path) -> Result<String, ConfigError> {
+    std::fs::read_to_string(path).map_err(|error| ConfigError::Unreadable { path: path.to_owned(), error })
 }
 
 impl FileWritten {

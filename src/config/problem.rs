@@ -18,8 +18,10 @@ fn without_value(message: &str) -> String {
     match value {
         Some((found, expected)) => {
             let kind = found.split(['"', '`']).next().unwrap_or(found).trim_end();
-            format!("expected {expected}, not this {kind}")
+            format!("expected {}, not this {kind}", expected.replace("a nonzero u32", "a whole number from 1"))
         }
+        // Of a prefix that is too long, too.
+        None if message == "invalid IP address syntax" => "expected networks, like \"10.0.0.0/8\"".to_owned(),
         None => message.to_owned(),
     }
 }

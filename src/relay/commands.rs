@@ -15,7 +15,7 @@ use crate::clock;
 use crate::config::{Endpoints, UrlRule};
 use crate::domain::endpoint::{EndpointName, Plugin};
 use crate::domain::keys::LaneKey;
-use crate::domain::schedule::{self, EndpointView, LaneId, LaneView, Pauses};
+use crate::domain::schedule::{self, EndpointView, LaneId, LaneView, Pauses, Waits};
 use crate::domain::verdict::Report;
 use crate::store::Reader;
 
@@ -98,6 +98,8 @@ pub struct Configure {
 pub struct View {
     /// Every endpoint that is configured or has events.
     pub endpoints: Vec<EndpointView>,
+    /// What those of them wait for that may begin nothing just now.
+    pub waits: HashMap<EndpointName, Waits>,
     /// What was seen of attempts lately.
     pub seen: AttemptsSeen,
     /// Bytes of records that wait, about.
@@ -135,8 +137,8 @@ pub struct LaneShown {
     pub lane: LaneView,
     /// Its first event's segment and offset.
     pub head: (Option<Reader>, u32),
-    /// When it is due next; `None`: now, or when its endpoint lets it.
-    pub wait: Option<Duration>,
+    /// What it waits for; `None`: it is due.
+    pub waits: Option<Waits>,
     /// What its last attempt failed with.
     pub last_error: Option<Arc<str>>,
 }
@@ -215,8 +217,11 @@ impl Relay {
             let before = self.rate_limited.insert(view.name, view.rate_limited).unwrap_or(0);
             self.metrics_of(view.name).rate_limited(view.rate_limited.saturating_sub(before));
         }
+        let now = clock::micros();
+        let waits = |view: &EndpointView| Some((view.name, self.schedule.endpoint_waits(view.name, now)?));
+        let waits = views.iter().filter_map(waits).collect();
         let seen = self.seen.clone();
-        View { endpoints: views, seen, outbox_bytes: self.schedule.backlog.live_bytes() }
+        View { endpoints: views, waits, seen, outbox_bytes: self.schedule.backlog.live_bytes() }
     }
 
     fn lanes(
@@ -234,11 +239,7 @@ impl Relay {
         };
         let shown = |lane: LaneView| LaneShown {
             head: (self.store.reader(lane.head.slot()), self.schedule.backlog.offset(lane.head)),
-            wait: lane
-                .retry
-                .filter(|_| lane.is_waiting)
-                .and_then(|retry| retry.due.checked_sub(now))
-                .map(Duration::from_micros),
+            waits: self.schedule.lane_waits(&lane, now),
             last_error: self.lane_errors.get(&lane.id).cloned(),
             lane,
         };

@@ -11,6 +11,8 @@ use crate::domain::endpoint::EndpointName;
 const PREFIX: &str = "held/";
 /// A hold that is shorter is over before a restart is.
 const KEPT_MIN: Duration = Duration::from_secs(1);
+/// A hold that is shorter is not logged: each wave of 429 has one.
+const SAID_MIN: Duration = Duration::from_secs(60);
 
 /// How long endpoints are still to be left alone, from the store's settings. Another URL has asked for nothing yet.
 #[must_use]
@@ -34,6 +36,9 @@ impl Relay {
         if let Some(target) = self.targets.get(&name).filter(|_| wait >= KEPT_MIN) {
             let until_ms = clock::wall_ms().saturating_add(u64::try_from(wait.as_millis()).unwrap_or(u64::MAX));
             self.store.note_setting(&key(name), Some(format!("{until_ms} {}", mark(&target.endpoint))));
+        }
+        if wait >= SAID_MIN {
+            tracing::info!(endpoint = %name, seconds = wait.as_secs(), "the receiver asks to be left alone");
         }
     }
 

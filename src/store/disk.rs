@@ -12,6 +12,12 @@ pub(super) fn journal_dir(dir: &Path) -> PathBuf {
     dir.join("journal")
 }
 
+/// Whether a directory is a store's.
+#[must_use]
+pub fn is_store(dir: &Path) -> bool {
+    journal_dir(dir).is_dir()
+}
+
 pub(super) fn dead_dir(dir: &Path) -> PathBuf {
     dir.join("dead")
 }
@@ -31,6 +37,11 @@ pub(super) fn bytes_below(dir: &Path) -> u64 {
         Err(_) => 0,
     };
     entries.flatten().map(size).sum()
+}
+
+/// Says that events are refused for want of space, or are no longer.
+pub(super) fn say_free(free: u64, floor: u64) {
+    tracing::warn!(free, floor, is_low = free < floor, "free space of the data directory");
 }
 
 /// Sees to it that the reserve is there.

@@ -61,6 +61,8 @@ fn operators_see_and_do_everything_from_the_command_line() {
     assert!(done(&relay, "toggle set --web-token b --plugin 12 off").contains("would not be pushed"));
     assert!(done(&relay, "toggle get --web-token b --plugin 12").contains("无推送"));
     assert!(done(&relay, "customers show b --plugin 12").contains("off"));
+    assert!(done(&relay, "toggle set --web-token b --plugin 12 auto").contains("auto"));
+    assert!(!done(&relay, "toggle get --web-token b --plugin 12").contains("无推送"));
     assert!(done(&relay, "customers forget b").contains("Forgotten"));
     let set = format!("endpoints set 13 --url http://{}/x --rate-per-second 5 --header x-key:1", receiver.address);
     assert!(done(&relay, &set).contains("x-key"));
@@ -74,6 +76,9 @@ fn operators_see_and_do_everything_from_the_command_line() {
     assert!(String::from_utf8_lossy(&failed.stderr).contains("no such customer"));
     let toggle = ["toggle", "set", "--web-token", "nobody", "--plugin", "12", "off"];
     assert_eq!(run(&relay, &toggle).status.code(), Some(1), "nothing was stored");
+    let toggle = ["toggle", "set", "--web-token", "nobody", "--plugin", "12", "auto"];
+    assert_eq!(run(&relay, &toggle).status.code(), Some(1), "nothing was stored");
+    assert!(done(&relay, "dead-letters replay 999-1").contains("1 stay: not found"));
     assert_eq!(run(&relay, &["dead-letters", "purge"]).status.code(), Some(2), "nothing is selected");
     assert_eq!(run(&relay, &["store", "stats"]).status.code(), Some(1), "the relay is running");
     let dir = relay.kill();
@@ -84,6 +89,84 @@ fn operators_see_and_do_everything_from_the_command_line() {
         .unwrap();
     assert_eq!(output.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&output.stderr).contains("systemctl status h5push-relay"));
+}
+
+/// Whoever looks why nothing is pushed is told, also after a restart.
+#[test]
+fn what_is_waited_for_is_shown() {
+    let receiver = Receiver::start();
+    receiver.answer(|_| Answer::With(503, "retry-after", "3600"));
+    let more = "[endpoints.13]\nurl = \"http://127.0.0.1:9/\"\nrate_per_second = 0.001\nburst = 1\n";
+    let relay = Relay::start(&config(receiver.address, more));
+    relay.queue(&event("held", "m0"));
+    receiver.wait_pushes(1);
+    wait_until("the answer came", || !relay.endpoint("12")["waits_for"].is_null());
+    let dir = relay.stop();
+    let relay = Relay::start_in(dir, &config(receiver.address, more));
+    assert!(relay.log().contains("asked to be left alone"), "{}", relay.log());
+    relay.queue(&event("fresh", "m1"));
+    let endpoint = relay.endpoint("12");
+    assert_eq!((&endpoint["state"], &endpoint["waits_for"]), (&"up".into(), &"receiver".into()), "{endpoint}");
+    let status = done(&relay, "status");
+    assert!(status.contains("receiver (429 or 503), in "), "{status}");
+    let lanes = done(&relay, "lanes list");
+    assert_eq!(lanes.matches("receiver (429 or 503), in ").count(), 2, "{lanes}");
+
+    done(&relay, "endpoints pause 12");
+    let lanes = get(relay.local, "/v1/lanes?web_token=fresh").json();
+    let lane = &lanes["lanes"][0];
+    assert_eq!((&lane["waits_for"], &lane["next_attempt_at"]), (&"resume".into(), &Value::Null), "{lane}");
+    assert!(done(&relay, "lanes list").contains("resume (paused)"));
+    done(&relay, "endpoints resume 12");
+    receiver.answer_status(200);
+    done(&relay, "endpoints retry 12");
+    receiver.wait_delivered(2);
+    assert_eq!(relay.endpoint("12")["waits_for"], Value::Null);
+
+    for message in ["m2", "m3"] {
+        let mut event = event("slow", message);
+        event["im_web_plugin_id"] = 13.into();
+        relay.queue(&event);
+    }
+    wait_until("the rate is what is waited for", || done(&relay, "status").contains("rate, in "));
+}
+
+#[test]
+fn a_relay_is_spoken_with_while_its_config_is_wrong() {
+    let receiver = Receiver::start();
+    let relay = Relay::start(&config(receiver.address, ""));
+    let path = relay.dir.path().join("config.toml");
+    let text = std::fs::read_to_string(&path).unwrap();
+    std::fs::write(&path, format!("{text}\n[gate]\nrequire = 3\n")).unwrap();
+    relay.signal("HUP");
+    wait_until("it says so", || done(&relay, "status").contains("unknown field `require`"));
+    assert!(done(&relay, "endpoints pause 12").contains("12 is paused"));
+    assert_eq!(run(&relay, &["check-config"]).status.code(), Some(78));
+    // Which keys wait for a restart is said as well.
+    std::fs::write(&path, format!("shutdown_timeout = \"9s\"\n{text}")).unwrap();
+    relay.signal("HUP");
+    wait_until("it says so", || done(&relay, "status").contains("after a restart: shutdown_timeout"));
+}
+
+/// A wrong path is no empty outbox, and nothing is made there.
+#[test]
+fn a_directory_without_a_store_is_none() {
+    let receiver = Receiver::start();
+    let relay = Relay::start(&config(receiver.address, ""));
+    let nowhere = relay.dir.path().join("nowhere");
+    for call in ["verify", "stats", "export"] {
+        let output = run(&relay, &["store", call, "--data-dir", nowhere.to_str().unwrap()]);
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        assert!(String::from_utf8_lossy(&output.stderr).contains("nowhere: no relay has stored"), "{output:?}");
+    }
+    assert!(!nowhere.exists());
+    // Nor is a file a directory.
+    std::fs::write(&nowhere, "").unwrap();
+    let dir = relay.kill();
+    let mut daemon = Command::new(env!("CARGO_BIN_EXE_h5push-relay"));
+    let output =
+        daemon.arg("--config").arg(dir.path().join("config.toml")).arg("--data-dir").arg(&nowhere).output().unwrap();
+    assert!(String::from_utf8_lossy(&output.stderr).contains("nowhere: is no directory"), "{output:?}");
 }
 
 #[test]

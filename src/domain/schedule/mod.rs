@@ -38,7 +38,7 @@ use self::lanes::{Lanes, State};
 pub use self::reports::{Breaker, Deferred, Moment, ToRecord};
 use self::starts::Flight;
 pub use self::starts::Start;
-pub use self::views::{EndpointView, LaneView};
+pub use self::views::{EndpointView, LaneView, Waits, WaitsFor};
 use super::backlog::{Backlog, Handle};
 use super::endpoint::{EndpointName, Limits};
 use super::keys::LaneKey;

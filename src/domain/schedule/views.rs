@@ -1,5 +1,7 @@
 //! What is seen of the schedule from outside.
 
+use std::time::Duration;
+
 use super::Schedule;
 use super::lanes::{LaneId, Retry, State};
 use crate::domain::backlog::Handle;
@@ -37,6 +39,38 @@ impl EndpointView {
     }
 }
 
+/// What a lane, or all of an endpoint, waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WaitsFor {
+    /// Its endpoint is paused.
+    Resume,
+    /// The time for which its receiver asked to be left alone, with 429 or 503.
+    Receiver,
+    /// The next probe of an endpoint that is down.
+    Probe,
+    /// The endpoint's rate.
+    Rate,
+    /// The delay after its own failure.
+    Backoff,
+}
+
+impl WaitsFor {
+    /// As it is shown.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            WaitsFor::Resume => "resume",
+            WaitsFor::Receiver => "receiver",
+            WaitsFor::Probe => "probe",
+            WaitsFor::Rate => "rate",
+            WaitsFor::Backoff => "backoff",
+        }
+    }
+}
+
+/// What is waited for, and for how long; `None`: nobody knows.
+pub type Waits = (WaitsFor, Option<Duration>);
+
 /// How a lane stands, for people.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LaneView {
@@ -73,6 +107,34 @@ impl Schedule {
                 retry: self.lanes.retry(id).copied(),
             })
         })
+    }
+
+    /// What all lanes of an endpoint wait for, if anything.
+    #[must_use]
+    pub fn endpoint_waits(&self, name: EndpointName, now: u64) -> Option<Waits> {
+        let endpoint = self.endpoints.get(*self.by_name.get(&name)? as usize)?;
+        if endpoint.pauses.is_paused() {
+            return Some((WaitsFor::Resume, None));
+        }
+        let probe = endpoint.down.as_ref().map_or(0, |down| down.due);
+        let all = [
+            (WaitsFor::Receiver, endpoint.held_until),
+            (WaitsFor::Probe, probe),
+            (WaitsFor::Rate, endpoint.rate_limited_until),
+        ];
+        let (what, until) = all.into_iter().max_by_key(|(_, until)| *until)?;
+        let left = until.checked_sub(now).filter(|left| *left > 0)?;
+        Some((what, Some(Duration::from_micros(left))))
+    }
+
+    /// What a lane waits for, if anything.
+    #[must_use]
+    pub fn lane_waits(&self, lane: &LaneView, now: u64) -> Option<Waits> {
+        let due = lane.retry.filter(|_| lane.is_waiting).and_then(|retry| retry.due.checked_sub(now));
+        let own = due.map(|left| (WaitsFor::Backoff, Some(Duration::from_micros(left))));
+        let endpoints = self.endpoint_waits(lane.endpoint, now).filter(|_| !lane.in_flight);
+        // Nobody knows for how long is longest.
+        [own, endpoints].into_iter().flatten().max_by_key(|(_, left)| left.unwrap_or(Duration::MAX))
     }
 
     /// Every endpoint that ever was.

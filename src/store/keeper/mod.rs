@@ -223,7 +223,7 @@ impl<'a> Keeper<'a> {
         let is_low = free < inner.options.free_min;
         let was_low = std::mem::replace(&mut lock(&inner.admission).is_disk_low, is_low);
         if is_low != was_low {
-            tracing::warn!(free, floor = inner.options.free_min, is_low, "free space of the data directory");
+            disk::say_free(free, inner.options.free_min);
         }
         if !is_low {
             if !self.is_full {

@@ -27,7 +27,7 @@ use super::admission::Admission;
 use super::applier::Applier;
 use super::checkpoint::Checkpoint;
 use super::dead_letters::{DeadLetters, DeadMark};
-use super::disk::{RESERVE_BYTES, dead_dir, free_bytes, journal_dir, release_reserve};
+use super::disk::{RESERVE_BYTES, dead_dir, free_bytes, journal_dir, release_reserve, say_free};
 use super::ids::Ids;
 use super::journal::{SegmentFile, Writer};
 use super::keeper::Keeper;
@@ -90,14 +90,7 @@ impl Store {
             move |error| OpenError::Io { path, error }
         };
         let journal = journal_dir(&dir);
-        // What is in it is for nobody else: messages, and what operators have set.
-        for path in [&dir, &journal, &dead_dir(&dir)] {
-            std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(io_error(path))?;
-        }
-        // Their names too are to be there after a power cut.
-        segment::sync_dir(&dir).map_err(io_error(&dir))?;
-        // The directory above is somebody else's, and perhaps not to be opened.
-        drop(dir.parent().map(segment::sync_dir));
+        create_dirs(&dir)?;
         let lock = take_lock(&dir)?;
         if free_bytes(&dir).is_ok_and(|free| free < RESERVE_BYTES) {
             release_reserve(&dir);
@@ -159,6 +152,9 @@ impl Store {
         let identity = opening.identity;
         let free = free_bytes(&dir).map_err(io_error(&dir))?;
         admission.is_disk_low = free < options.free_min;
+        if admission.is_disk_low {
+            say_free(free, options.free_min);
+        }
         let inner = Arc::new(Inner {
             identity,
             admission: Mutex::new(admission),
@@ -216,6 +212,22 @@ fn start_threads(inner: &Arc<Inner>, applier: Applier) -> io::Result<Threads> {
         named("keeper").spawn(move || Keeper::new(&keeper, applier).run())?,
     ];
     Ok(Threads { threads })
+}
+
+fn create_dirs(dir: &Path) -> Result<(), OpenError> {
+    // What is in it is for nobody else: messages, and what operators have set.
+    let create = |path: &Path| match std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Err(io::Error::other("is no directory")),
+        created => created,
+    };
+    for path in [dir, &journal_dir(dir), &dead_dir(dir)] {
+        create(path).map_err(|error| OpenError::Io { path: path.to_owned(), error })?;
+    }
+    // Their names too are to be there after a power cut.
+    segment::sync_dir(dir).map_err(|error| OpenError::Io { path: dir.to_owned(), error })?;
+    // The directory above is somebody else's, and perhaps not to be opened.
+    drop(dir.parent().map(segment::sync_dir));
+    Ok(())
 }
 
 fn take_lock(dir: &Path) -> Result<File, OpenError> {

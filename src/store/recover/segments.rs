@@ -66,7 +66,9 @@ impl Opening<'_> {
                 std::fs::remove_file(path)?;
                 continue;
             }
-            let file = Arc::new(File::options().read(true).write(true).open(path)?);
+            let file = File::options().read(true).write(true).open(&path);
+            let named = |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", path.display()));
+            let file = Arc::new(file.map_err(named)?);
             let mut header = Header { file, generation: 0, end: None, is_own: false };
             if let Some(frame) = segment::read_frame(&header.file, number, 0)?
                 && let Some(Record::Opened(record)) = Record::decode(frame.body())
