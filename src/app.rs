@@ -209,6 +209,7 @@ impl App {
         let configured = self.api.reconfigure(Arc::clone(&config), reloaded).await;
         configured.map_err(|error| format!("{error}: endpoints and what pushes go by may be the new ones"))?;
         self.store.set_rules(rules(&config));
+        self.store.set_free_floor(config.min_free_disk);
         log::set_level(&config.log_level);
         Ok(changed)
     }

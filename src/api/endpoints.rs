@@ -44,11 +44,9 @@ struct Shown {
     url: Option<String>,
     source: &'static str,
     state: &'static str,
-    #[serde(skip_serializing_if = "Option::is_none")]
+    /// `null`, like the next two: no push.
     rate_per_second: Option<f64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
     burst: Option<u32>,
-    #[serde(skip_serializing_if = "Option::is_none")]
     concurrency: Option<u32>,
     signed: bool,
     headers: Vec<String>,

@@ -253,7 +253,6 @@ impl Config {
             ("local.max_connections", local.max_connections != was.max_connections),
             ("metrics.listen", self.metrics_listen != started.metrics_listen),
             ("metrics.max_endpoints", self.metrics_max_endpoints != started.metrics_max_endpoints),
-            ("outbox.min_free_disk", self.min_free_disk != started.min_free_disk),
             ("outbox.dedupe_window", self.dedupe_window != started.dedupe_window),
             ("outbox.dedupe_max", self.dedupe_max != started.dedupe_max),
             ("gate.forget_after", self.forget_after != started.forget_after),

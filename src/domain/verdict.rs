@@ -120,7 +120,8 @@ impl Report {
         let code = serde_json::from_slice::<serde_json::Value>(body).ok().and_then(|body| {
             let code = body.as_object()?.get("code")?;
             let text = code.as_str().and_then(|code| code.parse().ok());
-            Some(code.as_i64().or(text).unwrap_or(-1))
+            let real = code.as_f64().filter(|code| code.fract() == 0.0).map(|code| code as i64);
+            Some(code.as_i64().or(real).or(text).unwrap_or(-1))
         });
         match code {
             None | Some(1_000) => Report::Status { code: status, retry_after: None },
@@ -260,6 +261,7 @@ mod tests {
         for (body, expected) in [
             (r#"{"code":1000,"message":"ok"}"#, Verdict::Delivered),
             (r#"{"code":"1000"}"#, Verdict::Delivered),
+            (r#"{"code":1000.0}"#, Verdict::Delivered),
             ("", Verdict::Delivered),
             ("<html>", Verdict::Delivered),
             ("[]", Verdict::Delivered),

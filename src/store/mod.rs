@@ -155,6 +155,8 @@ struct Inner {
     /// Ends without a last checkpoint, as a crash does: for tests.
     is_crashing: AtomicBool,
     free_bytes: AtomicU64,
+    /// Below so many events are refused.
+    free_min: AtomicU64,
     _lock: std::fs::File,
 }
 
@@ -263,10 +265,15 @@ impl Store {
         self.inner.free_bytes.load(Ordering::Relaxed)
     }
 
-    /// Free space below which events are refused, bytes: as of the start.
+    /// Free space below which events are refused, bytes.
     #[must_use]
     pub fn free_floor(&self) -> u64 {
-        self.inner.options.free_min
+        self.inner.free_min.load(Ordering::Relaxed)
+    }
+
+    /// Refuses events below another free space, bytes, within a second.
+    pub fn set_free_floor(&self, bytes: u64) {
+        self.inner.free_min.store(bytes, Ordering::Relaxed);
     }
 
     /// Whether events are refused for want of space.

@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::fmt;
 
 use serde::de::{self, Deserialize, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde_json::value::RawValue;
 
 use super::{MESSAGES_MAX, Messages, Text};
 
@@ -51,15 +52,11 @@ impl<'de> Deserialize<'de> for Glance<'de> {
             }
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Glance<'de>, A::Error> {
                 let mut glance = Glance { id: None, has_session: false, is_close: false };
-                while let Some(key) = map.next_key::<Text<'de>>()? {
+                while let Some(key) = map.next_key::<Key<'de>>()? {
                     match key.0.as_ref() {
-                        "message_id" => glance.id = map.next_value::<Loose<'de>>()?.text(),
-                        "type" => {
-                            glance.is_close = map.next_value::<Loose<'de>>()?.text().as_deref() == Some("close");
-                        }
-                        "im_sub_session_id" => {
-                            glance.has_session = map.next_value::<Loose<'de>>()?.is_above_zero();
-                        }
+                        b"message_id" => glance.id = text(map.next_value()?),
+                        b"type" => glance.is_close = text(map.next_value()?).as_deref() == Some("close"),
+                        b"im_sub_session_id" => glance.has_session = is_above_zero(map.next_value()?),
                         _ => {
                             map.next_value::<IgnoredAny>()?;
                         }
@@ -72,74 +69,45 @@ impl<'de> Deserialize<'de> for Glance<'de> {
     }
 }
 
-/// Any JSON value, of which only strings and integers matter.
-enum Loose<'a> {
-    Text(Cow<'a, str>),
-    Positive,
-    Other,
-}
+/// A key of an object as the bytes that it means: by its grammar half of a surrogate pair may stand in it.
+struct Key<'a>(Cow<'a, [u8]>);
 
-impl<'a> Loose<'a> {
-    fn text(self) -> Option<Cow<'a, str>> {
-        match self {
-            Loose::Text(text) => Some(text),
-            Loose::Positive | Loose::Other => None,
-        }
-    }
-
-    /// A number above 0, also in a decimal string.
-    fn is_above_zero(&self) -> bool {
-        match self {
-            Loose::Positive => true,
-            Loose::Text(text) => {
-                !text.is_empty()
-                    && text.bytes().all(|byte| byte.is_ascii_digit())
-                    && text.bytes().any(|byte| byte != b'0')
-            }
-            Loose::Other => false,
-        }
-    }
-}
-
-impl<'de> Deserialize<'de> for Loose<'de> {
+impl<'de> Deserialize<'de> for Key<'de> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct LooseVisitor;
-        impl<'de> Visitor<'de> for LooseVisitor {
-            type Value = Loose<'de>;
+        struct KeyVisitor;
+        impl<'de> Visitor<'de> for KeyVisitor {
+            type Value = Key<'de>;
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a value")
+                f.write_str("a string")
             }
-            fn visit_borrowed_str<E: de::Error>(self, text: &'de str) -> Result<Loose<'de>, E> {
-                Ok(Loose::Text(Cow::Borrowed(text)))
+            fn visit_borrowed_bytes<E: de::Error>(self, bytes: &'de [u8]) -> Result<Key<'de>, E> {
+                Ok(Key(Cow::Borrowed(bytes)))
             }
-            fn visit_str<E: de::Error>(self, text: &str) -> Result<Loose<'de>, E> {
-                Ok(Loose::Text(Cow::Owned(text.to_owned())))
-            }
-            fn visit_u64<E: de::Error>(self, number: u64) -> Result<Loose<'de>, E> {
-                Ok(if number > 0 { Loose::Positive } else { Loose::Other })
-            }
-            fn visit_i64<E: de::Error>(self, _: i64) -> Result<Loose<'de>, E> {
-                Ok(Loose::Other)
-            }
-            fn visit_f64<E: de::Error>(self, number: f64) -> Result<Loose<'de>, E> {
-                // Some writers write whole numbers so, and very large ones come so.
-                Ok(if number > 0.0 { Loose::Positive } else { Loose::Other })
-            }
-            fn visit_bool<E: de::Error>(self, _: bool) -> Result<Loose<'de>, E> {
-                Ok(Loose::Other)
-            }
-            fn visit_unit<E: de::Error>(self) -> Result<Loose<'de>, E> {
-                Ok(Loose::Other)
-            }
-            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Loose<'de>, A::Error> {
-                while seq.next_element::<IgnoredAny>()?.is_some() {}
-                Ok(Loose::Other)
-            }
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Loose<'de>, A::Error> {
-                while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
-                Ok(Loose::Other)
+            fn visit_bytes<E: de::Error>(self, bytes: &[u8]) -> Result<Key<'de>, E> {
+                Ok(Key(Cow::Owned(bytes.to_owned())))
             }
         }
-        deserializer.deserialize_any(LooseVisitor)
+        deserializer.deserialize_bytes(KeyVisitor)
+    }
+}
+
+/// What a string says; `None` for anything else.
+fn text(value: &RawValue) -> Option<Cow<'_, str>> {
+    let text = value.get();
+    if !text.starts_with('"') {
+        return None;
+    }
+    serde_json::from_str::<Text<'_>>(text).ok().map(|text| text.0)
+}
+
+/// Whether it is a number above 0, also in a decimal string.
+fn is_above_zero(value: &RawValue) -> bool {
+    match text(value) {
+        Some(text) => {
+            !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) && text.bytes().any(|byte| byte != b'0')
+        }
+        // Some writers write whole numbers as 1.0, and very large ones are infinite here. Nothing else of JSON's is a
+        // number to Rust.
+        None => value.get().parse::<f64>().is_ok_and(|number| number > 0.0),
     }
 }

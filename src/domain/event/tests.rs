@@ -106,11 +106,22 @@ fn sessions_count_above_zero_also_in_decimal_strings() {
         (r#"""#.to_owned().as_str(), false),
         (r#""1x""#, false),
         ("18446744073709551615", true),
+        ("1e999", true),
+        ("-1e999", false),
     ]
     .map(|(value, counts)| (if value == "\"" { "\"\"".to_owned() } else { value.to_owned() }, counts));
     for (value, counts) in table {
         let text = format!(r#"{{"web_token":"a","messages":[{{"im_sub_session_id":{value}}}]}}"#);
         assert_eq!(Event::parse(&text).unwrap().messages.has_session, counts, "{value}");
+    }
+}
+
+#[test]
+fn what_json_allows_in_a_message_is_no_reason_to_refuse_it() {
+    for odd in [r#""\ud800":1"#, r#""x":"\ud800""#, r#""type":"\ud800""#, r#""type":1e999"#, r#""message_id":1e999"#] {
+        let text = format!(r#"{{"web_token":"a","messages":[{{"im_sub_session_id":1,{odd}}}]}}"#);
+        let event = Event::parse(&text).unwrap();
+        assert!(event.messages.has_session && event.messages.text.contains(odd), "{odd}");
     }
 }
 

@@ -53,7 +53,8 @@ impl Copying {
         self.rows_before = rows;
         let is_large = bytes >= inner.options.queue_bytes_min;
         let is_empty = rows * self.overhead * COPY_RATIO < bytes as f64;
-        let has_room = inner.free_bytes.load(Ordering::Relaxed) > inner.options.free_min.saturating_add(bytes);
+        let has_room =
+            inner.free_bytes.load(Ordering::Relaxed) > inner.free_min.load(Ordering::Relaxed).saturating_add(bytes);
         let is_early = clock::monotonic() < self.not_before;
         if self.is_on || is_early || is_shrinking || !is_large || !is_empty || !has_room {
             return;

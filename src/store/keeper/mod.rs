@@ -220,10 +220,11 @@ impl<'a> Keeper<'a> {
         let inner = self.inner;
         let free = disk::free_bytes(&inner.options.dir).unwrap_or(u64::MAX);
         inner.free_bytes.store(free, Ordering::Relaxed);
-        let is_low = free < inner.options.free_min;
+        let floor = inner.free_min.load(Ordering::Relaxed);
+        let is_low = free < floor;
         let was_low = std::mem::replace(&mut lock(&inner.admission).is_disk_low, is_low);
         if is_low != was_low {
-            disk::say_free(free, inner.options.free_min);
+            disk::say_free(free, floor);
         }
         if !is_low {
             if !self.is_full {

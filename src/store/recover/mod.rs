@@ -175,6 +175,7 @@ impl Store {
             is_ending: AtomicBool::new(false),
             is_crashing: AtomicBool::new(false),
             free_bytes: AtomicU64::new(free),
+            free_min: AtomicU64::new(options.free_min),
             _lock: lock,
             metrics,
             options,
