@@ -41,7 +41,6 @@ impl Attempts {
             Some(idle) => idle.send(job).err(),
         };
         if let Some(job) = job {
-            while self.tasks.try_join_next().is_some() {}
             self.tasks.spawn(work(job, self.report.clone()));
         }
     }
@@ -62,6 +61,10 @@ impl Attempts {
         self.under_way -= 1;
         if self.idle.len() < IDLE_MAX {
             self.idle.push(idle);
+        } else {
+            drop(idle);
+            // Until it is joined, what has ended keeps its memory.
+            while self.tasks.try_join_next().is_some() {}
         }
         done
     }

@@ -11,6 +11,7 @@ use governor::state::{InMemoryState, NotKeyed};
 use governor::{Quota, RateLimiter};
 
 use super::lanes::LaneId;
+use super::views::WaitsFor;
 use crate::domain::ages::Ages;
 use crate::domain::endpoint::{EndpointName, Limits};
 use crate::domain::keys::LaneKey;
@@ -192,8 +193,15 @@ impl Endpoint {
 
     /// When it may start something, if anything is ready.
     pub(super) fn open_at(&self) -> u64 {
+        self.opens().1
+    }
+
+    /// What is in the way of a start for longest, and until when.
+    pub(super) fn opens(&self) -> (WaitsFor, u64) {
         let probe = self.down.as_ref().map_or(0, |down| down.due);
-        self.held_until.max(self.rate_limited_until).max(probe)
+        let others = [(WaitsFor::Probe, probe), (WaitsFor::Rate, self.rate_limited_until)];
+        let later = |one: (WaitsFor, u64), other: (WaitsFor, u64)| if other.1 > one.1 { other } else { one };
+        others.into_iter().fold((WaitsFor::Receiver, self.held_until), later)
     }
 
     /// Attempts that may be in flight. `is_crowded`: more than half of all that there may be are.

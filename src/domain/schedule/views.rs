@@ -116,13 +116,7 @@ impl Schedule {
         if endpoint.pauses.is_paused() {
             return Some((WaitsFor::Resume, None));
         }
-        let probe = endpoint.down.as_ref().map_or(0, |down| down.due);
-        let all = [
-            (WaitsFor::Receiver, endpoint.held_until),
-            (WaitsFor::Probe, probe),
-            (WaitsFor::Rate, endpoint.rate_limited_until),
-        ];
-        let (what, until) = all.into_iter().max_by_key(|(_, until)| *until)?;
+        let (what, until) = endpoint.opens();
         let left = until.checked_sub(now).filter(|left| *left > 0)?;
         Some((what, Some(Duration::from_micros(left))))
     }
