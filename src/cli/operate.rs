@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use hyper::{Method, StatusCode};
+use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
 use super::calls::{Customers, DeadLetters, Endpoints, Filter, Lanes, Operate, Toggle};
@@ -214,17 +215,21 @@ impl Relay {
     /// What is answered, as it was written.
     async fn answer(&self, method: Method, path: &str, body: String) -> anyhow::Result<String> {
         let (status, text_of_it) = self.client.call(method, path, "application/json", body).await?;
-        let answer: Value = serde_json::from_slice(&text_of_it).context("the answer is no JSON: is this the relay?")?;
+        // By its grammar: messages are shown as they were posted, whatever of JSON is in them.
+        let text_of_it = String::from_utf8(text_of_it.into()).ok();
+        let text_of_it = text_of_it.filter(|text| serde_json::from_str::<&RawValue>(text).is_ok());
+        let text_of_it = text_of_it.context("the answer is no JSON: is this the relay?")?;
         if status == StatusCode::UNAUTHORIZED {
             bail!(
                 "the relay takes no such token: give its local.token_file, or local.token, in the config that --config names"
             );
         }
         if !status.is_success() {
+            let answer: Value = serde_json::from_str(&text_of_it)?;
             let error = answer.get("error").unwrap_or(&answer);
             bail!("{} ({status})", text(error, "message"));
         }
-        Ok(String::from_utf8(text_of_it.into())?)
+        Ok(text_of_it)
     }
 
     fn show(&self, answer: &Value, people: impl FnOnce(&Value) -> io::Result<()>) -> anyhow::Result<()> {

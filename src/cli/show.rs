@@ -1,5 +1,6 @@
 //! Answers of the relay, for people.
 
+use std::collections::BTreeMap;
 use std::io::{self, Write as _};
 use std::time::Duration;
 
@@ -160,17 +161,12 @@ pub(super) fn show_next(list: &Value) -> io::Result<()> {
 
 /// One dead letter, its messages as they were posted.
 pub(super) fn show_letter(text: &str) -> anyhow::Result<()> {
-    #[derive(serde::Deserialize)]
-    struct Posted<'a> {
-        #[serde(borrow)]
-        messages: Option<Vec<&'a RawValue>>,
-    }
-    let mut fields: serde_json::Map<String, Value> = serde_json::from_str(text)?;
-    let posted: Posted<'_> = serde_json::from_str(text)?;
-    fields.remove("messages");
-    show_fields(&Value::Object(fields))?;
+    let mut fields: BTreeMap<&str, &RawValue> = serde_json::from_str(text)?;
+    let messages = fields.remove("messages");
+    show_fields(&serde_json::to_value(fields)?)?;
     let mut out = io::stdout().lock();
-    let Some(messages) = posted.messages else { return Ok(()) };
+    let Some(messages) = messages else { return Ok(()) };
+    let messages: Vec<&RawValue> = serde_json::from_str(messages.get())?;
     writeln!(out, "messages")?;
     Ok(messages.iter().try_for_each(|message| writeln!(out, "  {message}"))?)
 }

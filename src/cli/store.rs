@@ -1,9 +1,8 @@
 //! `store`: the data directory of a relay that is stopped.
 
 use std::io::{self, Write as _};
-use std::os::unix::fs::MetadataExt as _;
 
-use anyhow::bail;
+use anyhow::{Context as _, bail};
 use clap::Subcommand;
 use serde_json::{Value, json};
 
@@ -26,10 +25,9 @@ pub(super) enum StoreCall {
 impl StoreCall {
     pub(super) fn run(&self, config: &Config, json: bool) -> anyhow::Result<()> {
         let dir = &config.data_dir;
-        if !store::is_store(dir) {
+        let Some(owner) = store::owner(dir).with_context(|| dir.display().to_string())? else {
             bail!("{}: no relay has stored anything here (data_dir of the config, --data-dir)", dir.display());
-        }
-        let owner = std::fs::metadata(dir)?.uid();
+        };
         if !matches!(self, StoreCall::Verify) && owner != rustix::process::geteuid().as_raw() {
             // What it writes would be ours, and the relay could not open it.
             bail!("{}: belongs to user {owner}: do this as that user (sudo -u '#{owner}' …)", dir.display());

@@ -57,14 +57,15 @@ impl Attempts {
         Some(self.take(ended))
     }
 
+    /// Gives back the memory of tasks that have ended.
+    pub(super) fn reap(&mut self) {
+        while self.tasks.try_join_next().is_some() {}
+    }
+
     fn take(&mut self, (done, idle): (Done, Idle)) -> Done {
         self.under_way -= 1;
         if self.idle.len() < IDLE_MAX {
             self.idle.push(idle);
-        } else {
-            drop(idle);
-            // Until it is joined, what has ended keeps its memory.
-            while self.tasks.try_join_next().is_some() {}
         }
         done
     }

@@ -57,7 +57,7 @@ pub const NOTICES_MAX: usize = 1_024;
 pub const COMMANDS_MAX: usize = 64;
 /// Lanes whose last error is kept.
 const LANE_ERRORS_MAX: usize = 100_000;
-/// How often idle connections are looked through.
+/// How often idle connections and tasks are looked through.
 const REAP_EVERY: Duration = Duration::from_secs(10);
 
 /// What the relay is to go by.
@@ -383,6 +383,7 @@ impl Relay {
         if self.reap_at == 0 || now < self.reap_at {
             return;
         }
+        self.attempts.reap();
         let left = self.targets.values().filter(|target| target.reap()).count();
         let is_quiet = left == 0 && self.attempts.is_empty();
         self.reap_at = if is_quiet { 0 } else { now + micros(REAP_EVERY) };

@@ -1,6 +1,7 @@
 //! The data directory's disk: its free space, and the room that is held ready.
 
 use std::io;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use super::segment;
@@ -12,10 +13,16 @@ pub(super) fn journal_dir(dir: &Path) -> PathBuf {
     dir.join("journal")
 }
 
-/// Whether a directory is a store's.
-#[must_use]
-pub fn is_store(dir: &Path) -> bool {
-    journal_dir(dir).is_dir()
+/// Whose store is in a directory, as the user's number; `None`: there is none.
+///
+/// # Errors
+/// It may not be looked at.
+pub fn owner(dir: &Path) -> io::Result<Option<u32>> {
+    match std::fs::metadata(journal_dir(dir)) {
+        Ok(metadata) => Ok(Some(metadata.uid())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 pub(super) fn dead_dir(dir: &Path) -> PathBuf {

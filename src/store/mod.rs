@@ -65,7 +65,7 @@ use self::codec::Record;
 pub use self::codec::{Accepted, Dead, Ending};
 use self::dead_letters::DeadLetters;
 pub use self::dead_letters::{LetterFilter, LetterId};
-pub use self::disk::is_store;
+pub use self::disk::owner;
 pub use self::journal::Appended;
 use self::journal::Writer;
 pub use self::letters::{DeadLetter, Letter, Replay};

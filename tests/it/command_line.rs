@@ -53,6 +53,18 @@ fn operators_see_and_do_everything_from_the_command_line() {
         let shown = done(&relay, &format!("dead-letters show {id}{how}"));
         assert!(shown.contains(odd), "{shown}");
     }
+    // Whatever JSON allows.
+    let odder = r#"{"z":1e999,"\ud800":"\ud800","im_sub_session_id":1}"#;
+    done(&relay, "endpoints pause 12");
+    post(&format!(r#"{{"web_token":"c","im_web_plugin_id":12,"h5push":true,"messages":[{odder}]}}"#));
+    assert!(done(&relay, "lanes bury --endpoint 12 --web-token c").contains("1 events became dead letters"));
+    let letters = done(&relay, "dead-letters list --web-token c");
+    let odd_id = letters.lines().nth(1).unwrap().split(' ').next().unwrap();
+    for how in ["", " --json"] {
+        assert!(done(&relay, &format!("dead-letters show {odd_id}{how}")).contains(odder));
+    }
+    assert!(done(&relay, &format!("dead-letters purge {odd_id}")).contains("1 dead letters are gone"));
+    done(&relay, "endpoints resume 12");
     receiver.answer_status(200);
     assert!(done(&relay, "dead-letters replay --all").contains("1 dead letters are back"));
     done(&relay, "endpoints retry 12");
