@@ -13,7 +13,7 @@ use crate::sink::Sink;
 const SHAPE: Shape = Shape { customers: 20_000, endpoints: 1 };
 const EVENTS: u64 = 100_000;
 const BATCH: u64 = 200;
-const ROUNDS: u64 = 3;
+const ROUNDS: u64 = 9;
 const PACED_PER_SECOND: u64 = 1_000;
 
 pub async fn run() {
