@@ -230,7 +230,7 @@ impl<'a> Keeper<'a> {
             if !self.is_full {
                 disk::keep_reserve(&inner.options.dir);
             }
-            self.prepare_spare();
+            self.prepare_spare(free);
         }
         // What the relay noted since the last group waits for a sync: so that rows are never far behind.
         let is_behind = {

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
 
 use super::Keeper;
 use crate::store::journal::{SPARE, SPARE_NEW};
@@ -17,16 +18,20 @@ impl Keeper<'_> {
         }
     }
 
-    /// Creates the next segment's file ahead, so that beginning it costs no allocation.
-    pub(super) fn prepare_spare(&self) {
+    /// Creates the next segment's file ahead, so that beginning it costs no allocation. Not where room is short: an
+    /// allocation that fails takes, for a moment, what the journal wants to write.
+    pub(super) fn prepare_spare(&self, free: u64) {
+        let bytes = u64::from(self.inner.options.segment_bytes);
+        if free < self.inner.free_min.load(Ordering::Relaxed).saturating_add(2 * bytes) {
+            return;
+        }
         let dir = disk::journal_dir(&self.inner.options.dir);
         let spare = dir.join(SPARE);
         if spare.exists() {
             return;
         }
         let new = dir.join(SPARE_NEW);
-        let made = segment::create(&new, u64::from(self.inner.options.segment_bytes))
-            .and_then(|_| std::fs::rename(&new, &spare));
+        let made = segment::create(&new, bytes).and_then(|_| std::fs::rename(&new, &spare));
         if let Err(error) = made {
             self.inner.failed("allocate", &error);
         }
