@@ -45,17 +45,7 @@ impl Inner {
     /// The journal's thread: writes and syncs groups of requests until the end.
     pub(super) fn write_groups(&self) {
         loop {
-            let requests = {
-                let mut admission = lock(&self.admission);
-                while admission.pending.is_empty() && !self.is_ending.load(Ordering::SeqCst) {
-                    admission.is_writer_idle = true;
-                    admission = self.work.wait(admission).unwrap_or_else(PoisonError::into_inner);
-                }
-                admission.is_writer_idle = false;
-                let group = group_len(admission.pending.iter().map(|request| request.staged.len()));
-                let rest = admission.pending.split_off(group);
-                std::mem::replace(&mut admission.pending, rest)
-            };
+            let requests = self.next_group();
             if requests.is_empty() {
                 break;
             }
@@ -68,6 +58,26 @@ impl Inner {
                 }
             }
         }
+    }
+
+    /// The requests that wait, once there are some; none at the end.
+    fn next_group(&self) -> Vec<Request> {
+        let mut admission = lock(&self.admission);
+        if admission.pending.is_empty() {
+            while admission.pending.is_empty() && !self.is_ending.load(Ordering::SeqCst) {
+                admission.is_writer_idle = true;
+                admission = self.work.wait(admission).unwrap_or_else(PoisonError::into_inner);
+            }
+            admission.is_writer_idle = false;
+            drop(admission);
+            // Where all cores are busy, the first request has woken this thread in the place of one that was about to
+            // bring the next: those come first, and one sync does for all of them. Else this takes no time.
+            std::thread::yield_now();
+            admission = lock(&self.admission);
+        }
+        let group = group_len(admission.pending.iter().map(|request| request.staged.len()));
+        let rest = admission.pending.split_off(group);
+        std::mem::replace(&mut admission.pending, rest)
     }
 
     /// Writes a group and syncs it. After a failed sync the group is written again, once, into a new segment: pages of the

@@ -112,7 +112,7 @@ impl Store {
             let (step, is_awaited) = {
                 let mut admission = lock(&self.inner.admission);
                 let step = decide(&mut admission)?;
-                (step, admission.is_writer_idle && !admission.pending.is_empty())
+                (step, !admission.pending.is_empty() && std::mem::take(&mut admission.is_writer_idle))
             };
             if is_awaited {
                 self.inner.work.notify_one();

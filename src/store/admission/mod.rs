@@ -42,7 +42,7 @@ pub(super) struct Admission {
     pub is_disk_low: bool,
     /// The wall clock when it was last known not to have leapt, Unix seconds.
     pub trusted_s: u64,
-    /// The journal's thread sleeps: it is to be woken when something is staged.
+    /// The journal's thread sleeps: it is to be woken, once, when something is staged.
     pub is_writer_idle: bool,
     undurable: HashSet<EventKey>,
     next_ticket: u64,
