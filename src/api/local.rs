@@ -13,7 +13,7 @@ use super::body::{Body, DISCARD_MAX, MediaType, media_type, read_body, refused, 
 use super::events::Form;
 use super::query::{Query, decoded, is_utf8};
 use super::udesk::{self, BodyForm};
-use super::{Api, customers, dead_letters, endpoints, events, h5push, metrics, operate, page, survey};
+use super::{Api, customers, dead_letters, endpoints, events, h5push, metrics, operate, page, status, survey};
 use crate::config::Secret;
 use crate::metrics::{EVENTS, H5PUSH, Metrics, SURVEY};
 
@@ -189,7 +189,7 @@ async fn handle(api: &Api, route: Route, named: &str, request: Request<Incoming>
         Route::Healthz => Ok(metrics::healthz()),
         Route::Readyz => Ok(metrics::readyz(api)),
         Route::Metrics => Ok(metrics::exposition(api).await),
-        Route::Status => operate::status(api).await,
+        Route::Status => status::show(api).await,
         Route::Lanes => operate::lanes(api, &Query::read(&query)?).await,
         Route::BuryLanes => {
             let body = json_body(api, request, bytes_max).await?;

@@ -15,6 +15,7 @@ mod page;
 mod query;
 mod seats;
 mod server;
+mod status;
 mod survey;
 mod udesk;
 
@@ -28,10 +29,11 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 
 pub use self::endpoints::{Reloaded, entries};
 pub use self::open_api::Callers;
-pub use self::operate::{History, pauses};
+pub use self::operate::pauses;
 pub use self::server::{
     Bound, Inherited, ListenError, Shutdown, bind_local, bind_tcp_at, serve_local, serve_metrics, serve_open_api,
 };
+pub use self::status::History;
 use crate::clock;
 use crate::config::{Config, Endpoints};
 use crate::domain::customer::Customer;
@@ -127,6 +129,11 @@ impl Api {
         let endpoints = self.endpoints.load();
         let found = EndpointName::that_take(plugin).find_map(|name| endpoints.get(&name));
         found?.as_ref().map(|endpoint| (endpoint.name, endpoint.max_events))
+    }
+
+    /// Whether there is an endpoint of that name, with an address.
+    fn is_configured(&self, name: EndpointName) -> bool {
+        self.endpoints.load().get(&name).is_some_and(Option::is_some)
     }
 
     /// Whether the next offline agent message of a customer would be pushed.

@@ -1,7 +1,7 @@
-//! What operators see and do (contract §6), but for dead letters: status, lanes, pausing, retrying, testing.
+//! What operators do (contract §6), but for dead letters: lanes, pausing, retrying, testing.
 
-use std::collections::{BTreeMap, VecDeque};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use hyper::StatusCode;
@@ -32,142 +32,6 @@ pub fn pauses(settings: &BTreeMap<String, String>) -> Vec<(EndpointName, Pauses)
         Some((name, serde_json::from_str(text).ok()?))
     };
     settings.iter().filter_map(read).collect()
-}
-
-#[derive(Serialize)]
-struct Status {
-    version: &'static str,
-    uptime_seconds: u64,
-    outbox: Outbox,
-    dead_letters: u64,
-    disk: Disk,
-    config: Reloaded,
-    history_step_seconds: u64,
-    endpoints: Vec<Endpoint>,
-}
-
-#[derive(Serialize)]
-struct Outbox {
-    events: u64,
-    bytes: u64,
-    oldest_age_seconds: f64,
-    capacity_events: u64,
-}
-
-#[derive(Serialize)]
-struct Disk {
-    free_bytes: u64,
-    floor_bytes: u64,
-}
-
-/// What the last reload came to.
-#[derive(Serialize)]
-struct Reloaded {
-    reloaded_at: Option<String>,
-    error: Option<String>,
-    needs_restart: Vec<&'static str>,
-}
-
-#[derive(Serialize)]
-struct Endpoint {
-    name: String,
-    state: &'static str,
-    events: u64,
-    oldest_age_seconds: f64,
-    in_flight: u32,
-    dead_letters: u64,
-    /// Why nothing is begun just now, and until when, if that is known.
-    waits_for: Option<&'static str>,
-    waits_until: Option<String>,
-    last_error: Option<Arc<str>>,
-    /// Counters since the start, for those who want rates.
-    delivered_messages: u64,
-    failed_attempts: u64,
-    /// What an attempt takes, lately; `null` before the first.
-    attempt_seconds: Option<f64>,
-    /// Events that waited, a sample each `history_step_seconds`, the newest last: up to an hour.
-    history: Vec<u64>,
-}
-
-/// Events that waited for each endpoint over the last hour.
-#[derive(Debug, Default)]
-pub struct History(Mutex<BTreeMap<EndpointName, VecDeque<u64>>>);
-
-/// Between two samples, and how many there are.
-const HISTORY_STEP: Duration = Duration::from_secs(30);
-const HISTORY_MAX: usize = 120;
-
-impl History {
-    /// Takes a sample each half minute, for ever.
-    pub async fn keep(api: Arc<Api>) {
-        let mut tick = tokio::time::interval(HISTORY_STEP);
-        loop {
-            tick.tick().await;
-            let Some(view) = api.ask(Command::View).await else { continue };
-            let mut all = api.history.0.lock().unwrap_or_else(PoisonError::into_inner);
-            for endpoint in &view.endpoints {
-                let samples = all.entry(endpoint.name).or_default();
-                samples.push_back(endpoint.events);
-                if samples.len() > HISTORY_MAX {
-                    samples.pop_front();
-                }
-            }
-            all.retain(|name, _| view.endpoints.iter().any(|endpoint| endpoint.name == *name));
-        }
-    }
-
-    fn of(&self, name: EndpointName) -> Vec<u64> {
-        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        all.get(&name).map_or_else(Vec::new, |samples| samples.iter().copied().collect())
-    }
-}
-
-pub(super) async fn status(api: &Api) -> Result<Answer, ApiError> {
-    let (now, view) = api.now().await.ok_or_else(busy)?;
-    let reload = api.reload.lock().unwrap_or_else(PoisonError::into_inner).clone();
-    let now_ms = clock::wall_ms();
-    let endpoints: Vec<Endpoint> = now
-        .endpoints
-        .iter()
-        .map(|endpoint| {
-            let counted = api.metrics.endpoint(endpoint.name);
-            Endpoint {
-                name: endpoint.name.to_string(),
-                state: endpoint.state,
-                events: endpoint.events,
-                oldest_age_seconds: endpoint.oldest_age_seconds,
-                in_flight: endpoint.in_flight,
-                dead_letters: endpoint.dead_letters,
-                waits_for: view.waits.get(&endpoint.name).map(|(what, _)| what.as_str()),
-                waits_until: view.waits.get(&endpoint.name).and_then(|(_, left)| moment(now_ms, *left)),
-                last_error: view.seen.last_errors.get(&endpoint.name).cloned(),
-                attempt_seconds: view.seen.attempt_seconds.get(&endpoint.name).copied(),
-                history: api.history.of(endpoint.name),
-                delivered_messages: counted.delivered_messages(),
-                failed_attempts: counted.failed_attempts(),
-            }
-        })
-        .collect();
-    let status = Status {
-        version: env!("CARGO_PKG_VERSION"),
-        uptime_seconds: api.begun.elapsed().as_secs(),
-        outbox: Outbox {
-            events: endpoints.iter().map(|endpoint| endpoint.events).sum(),
-            bytes: now.outbox_bytes,
-            oldest_age_seconds: endpoints.iter().map(|endpoint| endpoint.oldest_age_seconds).fold(0.0, f64::max),
-            capacity_events: now.capacity_events,
-        },
-        dead_letters: endpoints.iter().map(|endpoint| endpoint.dead_letters).sum(),
-        disk: Disk { free_bytes: now.free_bytes, floor_bytes: now.free_floor_bytes },
-        config: Reloaded {
-            reloaded_at: reload.at_ms.map(rfc3339),
-            error: reload.error,
-            needs_restart: reload.needs_restart,
-        },
-        history_step_seconds: HISTORY_STEP.as_secs(),
-        endpoints,
-    };
-    Ok(answer::json(StatusCode::OK, &status))
 }
 
 #[derive(Serialize)]
@@ -226,7 +90,7 @@ fn read_lane(shown: LaneShown, now_ms: u64) -> Lane {
 }
 
 /// The moment that is so far away.
-fn moment(now_ms: u64, left: Option<Duration>) -> Option<String> {
+pub(super) fn moment(now_ms: u64, left: Option<Duration>) -> Option<String> {
     left.map(|left| rfc3339(now_ms + left.as_millis() as u64))
 }
 
@@ -279,7 +143,7 @@ pub(super) async fn bury(api: &Api, body: &[u8]) -> Result<Answer, ApiError> {
 pub(super) async fn act(api: &Api, named: &str) -> Result<Answer, ApiError> {
     let (name, action) = named.split_once('/').unwrap_or((named, ""));
     let name = endpoints::known_name(name)?;
-    if !api.endpoints.load().get(&name).is_some_and(Option::is_some) {
+    if !api.is_configured(name) {
         return Err(error(Code::NotFound, format!("name: there is no endpoint {name}")));
     }
     match action {

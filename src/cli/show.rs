@@ -59,7 +59,11 @@ pub(super) fn show_status(status: &Value) -> io::Result<()> {
     let row = |endpoint: &Value| {
         vec![
             text(endpoint, "name").to_owned(),
-            state(text(endpoint, "state")),
+            state(if endpoint.get("configured") == Some(&Value::Bool(false)) {
+                "removed"
+            } else {
+                text(endpoint, "state")
+            }),
             number(endpoint, "events").to_string(),
             span(real(endpoint, "oldest_age_seconds")),
             number(endpoint, "in_flight").to_string(),

@@ -79,8 +79,13 @@ fn operators_see_and_do_everything_from_the_command_line() {
     let set = format!("endpoints set 13 --url http://{}/x --rate-per-second 5 --header x-key:1", receiver.address);
     assert!(done(&relay, &set).contains("x-key"));
     assert!(done(&relay, "endpoints list").contains("api"));
+    done(&relay, "endpoints pause 13");
+    post(&event("d", "m2").to_string().replace(":12,", ":13,"));
     assert!(done(&relay, "endpoints delete 13").contains("deleted"));
-    assert!(done(&relay, "dead-letters purge --all").contains("0 dead letters"));
+    wait_until("it is given up", || done(&relay, "dead-letters list").contains("endpoint_removed"));
+    let status = done(&relay, "status");
+    assert!(status.lines().any(|line| line.starts_with("13 ") && line.contains("removed")), "{status}");
+    assert!(done(&relay, "dead-letters purge --all").contains("1 dead letters"));
 
     // What goes wrong has a status, and says what to do.
     let failed = run(&relay, &["customers", "show", "nobody"]);

@@ -336,4 +336,6 @@ fn events_of_an_endpoint_that_is_gone_from_the_config_become_dead_letters() {
     let labels = [("endpoint", "12"), ("reason", "endpoint_removed")];
     relay.wait_metric("h5push_dead_letters_total", &labels, |count| count == 150.0);
     assert_eq!(relay.metric("h5push_dead_letters", &[("endpoint", "12")]), 150.0);
+    let configured = |name| relay.endpoint(name)["configured"].clone();
+    assert_eq!((configured("12"), configured("13")), (false.into(), true.into()));
 }
