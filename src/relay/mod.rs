@@ -217,6 +217,8 @@ impl Relay {
                     }
                 }
                 Some(done) = self.attempts.next() => {
+                    // One write notes what all of them came to that end about now.
+                    tokio::task::yield_now().await;
                     self.take_report(done);
                     while let Some(done) = self.attempts.try_next() {
                         self.take_report(done);
