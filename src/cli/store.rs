@@ -69,7 +69,7 @@ fn verify(config: &Config, json: bool) -> anyhow::Result<()> {
 
 fn stats(config: &Config, json: bool) -> anyhow::Result<()> {
     let stopped = app::open_stopped(config)?;
-    let views: Vec<_> = stopped.schedule.endpoints().filter(|view| view.events > 0).collect();
+    let views: Vec<_> = stopped.schedule.endpoints(0).filter(|view| view.events > 0).collect();
     let letters = stopped.store.dead_letters();
     if json {
         let endpoints: Vec<Value> =

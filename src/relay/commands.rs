@@ -2,21 +2,16 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
 
-use bytes::Bytes;
-use serde_json::json;
 use tokio::sync::oneshot;
 
-use super::delivery::{self, Connection, Push};
 use super::target::Network;
-use super::{Relay, Rules};
+use super::{Relay, Rules, Tested};
 use crate::clock;
 use crate::config::{Endpoints, UrlRule};
 use crate::domain::endpoint::{EndpointName, Plugin};
 use crate::domain::keys::LaneKey;
 use crate::domain::schedule::{self, EndpointView, LaneId, LaneView, Pauses, Waits};
-use crate::domain::verdict::Report;
 use crate::store::Reader;
 
 /// What the rest of the program asks. Whoever asked may have gone when it is answered.
@@ -143,26 +138,6 @@ pub struct LaneShown {
     pub last_error: Option<Arc<str>>,
 }
 
-/// What came of a test.
-#[derive(Debug)]
-pub enum Tested {
-    /// There is no such endpoint.
-    Unknown,
-    /// The endpoint's rate forbids it for so long.
-    NotBefore(Duration),
-    /// The attempt was made: its result, the status where there was one, and how long it took.
-    Made {
-        /// As in metrics.
-        result: &'static str,
-        /// The HTTP status.
-        status: Option<u16>,
-        /// How long.
-        took: Duration,
-        /// What there is to say of a failure.
-        detail: Option<String>,
-    },
-}
-
 impl Relay {
     pub(super) fn answer(&mut self, command: Command) {
         match command {
@@ -205,19 +180,20 @@ impl Relay {
             }
             Command::GiveUp(reply) => {
                 self.stages.values().for_each(|stage| stage.give_up());
+                self.trials.abort_all();
                 self.drain = Some(reply);
             }
         }
     }
 
     fn view(&mut self) -> View {
-        let views: Vec<EndpointView> =
-            self.schedule.endpoints().filter(|view| self.targets.contains_key(&view.name) || view.events > 0).collect();
+        let now = clock::micros();
+        let is_shown = |view: &EndpointView| self.targets.contains_key(&view.name) || view.events > 0;
+        let views: Vec<EndpointView> = self.schedule.endpoints(now).filter(is_shown).collect();
         for view in &views {
             let before = self.rate_limited.insert(view.name, view.rate_limited).unwrap_or(0);
             self.metrics_of(view.name).rate_limited(view.rate_limited.saturating_sub(before));
         }
-        let now = clock::micros();
         let waits = |view: &EndpointView| Some((view.name, self.schedule.endpoint_waits(view.name, now)?));
         let waits = views.iter().filter_map(waits).collect();
         let seen = self.seen.clone();
@@ -244,49 +220,5 @@ impl Relay {
             lane,
         };
         self.schedule.lanes_from(first).filter(is_asked).take(most).map(shown).collect()
-    }
-
-    fn test(&mut self, endpoint: EndpointName, reply: oneshot::Sender<Tested>) {
-        let Some(target) = self.targets.get(&endpoint).cloned() else {
-            reply.send(Tested::Unknown).ok();
-            return;
-        };
-        if let Err(wait) = self.schedule.take_permit(endpoint, clock::micros()) {
-            reply.send(Tested::NotBefore(wait)).ok();
-            return;
-        }
-        let id = clock::random_id();
-        let body = json!({
-            "web_token": "h5push-relay-test",
-            "messages": [{
-                "type": "test",
-                "message_id": format!("test_{id:032x}"),
-                "data": { "content": "A test of h5push-relay: your address works." },
-            }],
-        });
-        let push = Push { id: format!("msg_test_{id:032x}"), attempt: 1, body: Bytes::from(body.to_string()) };
-        let timeout = self.rules.timeout;
-        let (logs_attempts, webhook_id) = (self.rules.logs_attempts, push.id.clone());
-        let metrics = self.metrics_of(endpoint);
-        tokio::spawn(async move {
-            let begun = clock::now();
-            let seen = match delivery::attempt(&target, push.clone(), Connection::Any, timeout, || true).await {
-                // The pooled connection was closed: that says nothing of the address.
-                Some(seen) if seen.report == Report::StaleConnection => {
-                    delivery::attempt(&target, push, Connection::New, timeout, || true).await
-                }
-                seen => seen,
-            };
-            let Some(seen) = seen else { return };
-            let result = seen.report.result();
-            metrics.attempt(result);
-            let (status, took, detail) = (seen.report.status(), begun.elapsed(), seen.detail);
-            let result = result.as_str();
-            if logs_attempts {
-                let seconds = took.as_secs_f64();
-                tracing::info!(%endpoint, webhook_id, events = "", attempt = 1, result, status, seconds, "attempt");
-            }
-            reply.send(Tested::Made { result, status, took, detail }).ok();
-        });
     }
 }

@@ -4,7 +4,9 @@
 //! head of the answer; the body is drained in the background within what is left of it, so that the connection can be
 //! used again.
 
+use std::error::Error as _;
 use std::future::poll_fn;
+use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -126,8 +128,17 @@ async fn exchange(
             target.forget_idle();
             Err(Some(Report::StaleConnection.into()))
         }
-        Err(error) => Err(Some(Seen { report: Report::Io, detail: Some(error.to_string()) })),
+        Err(error) => Err(Some(broken(&error))),
     }
+}
+
+/// What a connection broke with. With TLS 1.3 a receiver says only after the handshake that it wants a certificate.
+fn broken(error: &hyper::Error) -> Seen {
+    let cause = error.source().and_then(|cause| cause.downcast_ref::<io::Error>());
+    let is_tls = cause.and_then(io::Error::get_ref).is_some_and(|inner| inner.is::<rustls::Error>());
+    let report = if is_tls { Report::Tls } else { Report::Io };
+    let detail = cause.map_or_else(|| error.to_string(), |cause| format!("{error}: {cause}"));
+    Seen { report, detail: Some(detail) }
 }
 
 fn request(target: &Target, push: Push) -> Result<Request<Full<Bytes>>, Report> {

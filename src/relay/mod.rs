@@ -8,9 +8,11 @@ mod delivery;
 mod descriptors;
 mod dialer;
 mod holds;
+mod notices;
 mod reports;
 mod resolver;
 mod target;
+mod trials;
 mod withdrawals;
 
 use std::collections::{HashMap, HashSet};
@@ -23,11 +25,13 @@ use tokio::task::JoinSet;
 use self::attempt::{Job, Stage};
 use self::attempts::Attempts;
 use self::burials::{Buried, BuryWaiter};
-pub use self::commands::{AttemptsSeen, Command, Configure, LaneShown, Tested, View};
+pub use self::commands::{AttemptsSeen, Command, Configure, LaneShown, View};
 pub use self::descriptors::max_in_flight;
 pub use self::holds::holds;
 pub use self::target::Network;
 use self::target::Target;
+pub use self::trials::Tested;
+use self::trials::Trial;
 use self::withdrawals::Withdrawing;
 use crate::clock;
 use crate::config::{Endpoints, UrlRule};
@@ -37,7 +41,7 @@ use crate::domain::push::PushBounds;
 use crate::domain::schedule::{LaneId, Schedule, Start, micros};
 use crate::domain::verdict::Verdict;
 use crate::metrics::{EndpointMetrics, Metrics};
-use crate::store::{Compacted, Item, Note, Notice, Position, Snapshot, Store};
+use crate::store::{Note, Notice, Position, Store};
 
 /// Room for what large pushes hold beyond their first [`FREE_BYTES`] until they are written, over all attempts, KiB. A
 /// single event, and a push that is tried again, need none.
@@ -86,6 +90,7 @@ pub struct Relay {
     attempts: Attempts,
     bodies: Arc<Semaphore>,
     cold_reads: Arc<Semaphore>,
+    trials: JoinSet<Trial>,
     burying: JoinSet<Vec<Buried>>,
     bury_not_before: u64,
     /// How often a lane's burial could not read its events.
@@ -135,6 +140,7 @@ impl Relay {
             attempts: Attempts::new(),
             bodies: Arc::new(Semaphore::new(BODIES_KIB)),
             cold_reads: Arc::new(Semaphore::new(COLD_READS)),
+            trials: JoinSet::new(),
             burying: JoinSet::new(),
             bury_not_before: 0,
             unread: HashMap::new(),
@@ -182,8 +188,12 @@ impl Relay {
             let kept = same.filter(|old| !is_reload && old.endpoint.limits == new.endpoint.limits).cloned();
             self.targets.insert(name, kept.unwrap_or(new));
         }
-        let gone: Vec<EndpointName> =
-            self.schedule.endpoints().map(|view| view.name).filter(|name| !self.targets.contains_key(name)).collect();
+        let gone: Vec<EndpointName> = self
+            .schedule
+            .endpoints(now)
+            .map(|view| view.name)
+            .filter(|name| !self.targets.contains_key(name))
+            .collect();
         for name in gone {
             self.schedule.remove_endpoint(name);
             self.seen.forget(name);
@@ -224,6 +234,7 @@ impl Relay {
                         self.take_report(done);
                     }
                 }
+                Some(tried) = self.trials.join_next() => self.take_trial(tried),
                 Some(buried) = self.burying.join_next() => self.take_burials(buried),
                 Some(command) = commands.recv() => self.answer(command),
                 () = sleep_until(wake) => {}
@@ -246,57 +257,6 @@ impl Relay {
         let bury = Some(self.bury_not_before).filter(|at| *at > 0 && !self.is_draining);
         let due = if self.is_draining { None } else { self.schedule.wake_at() };
         [due, reap, bury].into_iter().flatten().min()
-    }
-
-    // ---- what the store tells ----
-
-    fn hear(&mut self, notice: Notice) {
-        match notice {
-            Notice::SegmentBegun { slot, segment } => {
-                if let Some(before) = self.newest_slot.replace(slot) {
-                    self.schedule.backlog.seal(before);
-                }
-                self.schedule.backlog.open(slot, segment);
-            }
-            Notice::Durable { items, end, answers } => {
-                let now = clock::micros();
-                for item in items {
-                    match item {
-                        Item::Appended(event) => {
-                            let backlog = &mut self.schedule.backlog;
-                            let handle = backlog.append(event.slot, None, event.offset, event.second, event.len);
-                            match handle {
-                                Some(handle) => {
-                                    self.schedule.appended(handle, event.lane, event.endpoint, now);
-                                }
-                                None => tracing::error!(slot = event.slot, "an event in no segment"),
-                            }
-                        }
-                        Item::Withdraw(customer) => {
-                            self.withdraw(Withdrawing { customer, withdrawn: 0, until: u64::MAX });
-                        }
-                    }
-                }
-                self.heard = end;
-                answers.send();
-            }
-            // A switch whose withdrawal waits for a burial lies before the snapshot's place, and a start would not withdraw
-            // by it again: there is none now.
-            Notice::Snapshot(_) if !self.withdrawing.is_empty() => {}
-            Notice::Snapshot(reply) => {
-                let marks = self.schedule.backlog.marks().collect();
-                // The store has given up waiting.
-                drop(reply.send(Snapshot { position: self.heard, marks }));
-            }
-            Notice::SegmentRemoved(slot) => self.schedule.backlog.close(slot),
-            Notice::SegmentCompacted(compacted) => self.move_events(compacted),
-        }
-    }
-
-    fn move_events(&mut self, compacted: Compacted) {
-        self.schedule.move_events(compacted.old_slot, compacted.new_slot, compacted.segment, &compacted.events);
-        // The store has ended.
-        compacted.done.send(()).ok();
     }
 
     fn seqs(&self, events: &[Handle]) -> Vec<u64> {

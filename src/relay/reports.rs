@@ -42,6 +42,11 @@ impl Relay {
             self.note_error(done.lane, done.endpoint, done.result, done.detail);
         } else if delivered {
             self.lane_errors.remove(&done.lane);
+        } else if let Some(problem) = done.detail
+            && !self.targets.contains_key(&done.endpoint)
+        {
+            // The last that there is to say of what is given up now.
+            self.note_lane_error(done.lane, problem.into());
         }
         self.report(done.lane, done.taken, done.verdict);
     }
@@ -70,6 +75,10 @@ impl Relay {
             tracing::warn!(%endpoint, result = result.as_str(), %problem, "no push can be sent");
         }
         self.seen.last_errors.insert(endpoint, Arc::clone(&problem));
+        self.note_lane_error(lane, problem);
+    }
+
+    fn note_lane_error(&mut self, lane: LaneId, problem: Arc<str>) {
         if self.lane_errors.len() < LANE_ERRORS_MAX || self.lane_errors.contains_key(&lane) {
             self.lane_errors.insert(lane, problem);
         }

@@ -37,9 +37,10 @@ impl Relay {
             {
                 stage.withdraw();
             }
-            let count = found.events.len() as u64;
-            *self.ended.entry(endpoint).or_default() += count;
-            self.metrics.withdrawn.inc_by(count - u64::from(found.in_flight));
+            *self.ended.entry(endpoint).or_default() += found.events.len() as u64;
+            // What is in flight may be delivered yet.
+            let count = found.events.len() as u64 - u64::from(found.in_flight);
+            self.metrics.withdrawn.inc_by(count);
             withdrawn += count;
             let seqs = self.seqs(&found.events);
             self.notes.push(Note::Settled { lane, ending: Ending::Withdrawn, retry_is_over: found.had_retry, seqs });

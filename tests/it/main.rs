@@ -30,3 +30,4 @@ mod process;
 mod push;
 mod support;
 mod tls;
+mod trials;

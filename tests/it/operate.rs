@@ -153,24 +153,6 @@ fn retry_makes_every_lane_due_at_once() {
 }
 
 #[test]
-fn a_test_push_is_made_at_once_and_signed() {
-    let receiver = Receiver::start();
-    let secret = "secret = \"whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw\"\n";
-    let relay = Relay::start(&config(receiver.address, secret));
-    let outcome = relay.done("POST", "/v1/endpoints/12/test", &NOTHING);
-    assert_eq!((&outcome["result"], &outcome["status"]), (&json!("ok"), &json!(200)));
-    assert!(outcome["duration_ms"].as_f64().unwrap() > 0.0);
-    let push = receiver.wait_pushes(1).remove(0);
-    assert_eq!(push.json()["web_token"], "h5push-relay-test");
-    assert_eq!(push.json()["messages"][0]["type"], "test");
-    assert!(push.header("webhook-signature").starts_with("v1,"));
-    receiver.answer_status(500);
-    let outcome = relay.done("POST", "/v1/endpoints/12/test", &NOTHING);
-    assert_eq!((&outcome["result"], &outcome["status"]), (&json!("error_status"), &json!(500)));
-    relay.wait_metric("h5push_push_attempts_total", &[("endpoint", "12"), ("result", "ok")], |count| count == 1.0);
-}
-
-#[test]
 fn lanes_are_listed_in_pages_and_given_up() {
     let receiver = Receiver::start();
     receiver.answer_status(500);

@@ -339,3 +339,19 @@ fn events_of_an_endpoint_that_is_gone_from_the_config_become_dead_letters() {
     let configured = |name| relay.endpoint(name)["configured"].clone();
     assert_eq!((configured("12"), configured("13")), (false.into(), true.into()));
 }
+
+#[test]
+fn a_push_that_breaks_on_a_connection_kept_from_before_goes_again_at_once_as_the_next_attempt() {
+    let receiver = Receiver::start();
+    let relay = Relay::start(&config(receiver.address, "[backoff]\ninitial = \"1h\"\nmax = \"1h\"\n"));
+    relay.queue(&event("a", "m0"));
+    receiver.wait_delivered(1);
+    let breaks = |push: &Push| push.header("h5push-attempt") == "1";
+    receiver.answer(move |push| if breaks(push) { Answer::Break } else { Answer::Status(200) });
+    relay.queue(&event("b", "m1"));
+    assert_eq!(receiver.wait_delivered(2), ["m0", "m1"]);
+    let pushes = receiver.pushes();
+    let seen: Vec<&str> = pushes[1..].iter().map(|push| push.header("h5push-attempt")).collect();
+    assert_eq!(seen, ["1", "2"]);
+    assert_eq!(pushes[1].header("webhook-id"), pushes[2].header("webhook-id"));
+}

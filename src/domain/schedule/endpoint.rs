@@ -120,9 +120,11 @@ pub(super) struct Endpoint {
     pub successes_elsewhere: u64,
     pub last_success: Option<u64>,
     pub held_until: u64,
+    /// Since and until when the rate forbids another start.
+    rate_limited_from: u64,
     pub rate_limited_until: u64,
-    /// Time spent with a lane ready and no permit, microseconds.
-    pub rate_limited: u64,
+    /// Time for which it had forbidden one before that, microseconds.
+    rate_limited_before: u64,
     pub throttles: u32,
     pub down: Option<Down>,
     streak: Streak,
@@ -146,12 +148,14 @@ impl Endpoint {
             events: 0,
             in_flight: 0,
             window: WINDOW_FIRST,
-            successes: 0,
+            // So that there has been one more than at a mark of 0.
+            successes: 1,
             successes_elsewhere: 0,
             last_success: None,
             held_until: 0,
+            rate_limited_from: 0,
             rate_limited_until: 0,
-            rate_limited: 0,
+            rate_limited_before: 0,
             throttles: 0,
             down: None,
             streak: Streak::default(),
@@ -164,7 +168,7 @@ impl Endpoint {
 
     /// Takes new limits. The limiter is kept where rate and burst stay, and another one has no more permits at hand than
     /// the last one had: neither a reload nor an endpoint that goes and comes opens a second burst.
-    pub(super) fn set_limits(&mut self, limits: Limits, clock: &ToldClock) {
+    pub(super) fn set_limits(&mut self, limits: Limits, clock: &ToldClock, now: u64) {
         let (rate, burst) = (limits.rate_per_second, limits.burst);
         let is_same =
             self.limiter.as_ref().is_some_and(|(of_rate, of_burst, _)| (*of_rate, *of_burst) == (rate, burst));
@@ -181,7 +185,7 @@ impl Endpoint {
                 // It has them all.
                 drop(limiter.check_n(used));
             }
-            self.rate_limited_until = 0;
+            self.end_rate_limit(now);
         }
         self.limits = Some(limits);
         self.window = self.window.min(limits.concurrency).max(1);
@@ -240,11 +244,23 @@ impl Endpoint {
             Err(not_until) => {
                 let wait = not_until.wait_time_from(clock.now());
                 let wait = u64::try_from(wait.as_micros()).unwrap_or(u64::MAX).saturating_add(1);
+                self.end_rate_limit(now);
+                self.rate_limited_from = now;
                 self.rate_limited_until = now.saturating_add(wait);
-                self.rate_limited = self.rate_limited.saturating_add(wait);
                 false
             }
         }
+    }
+
+    /// Time for which the rate has forbidden a start, microseconds.
+    pub(super) fn rate_limited(&self, now: u64) -> u64 {
+        let lasts = now.min(self.rate_limited_until).saturating_sub(self.rate_limited_from);
+        self.rate_limited_before.saturating_add(lasts)
+    }
+
+    fn end_rate_limit(&mut self, now: u64) {
+        self.rate_limited_before = self.rate_limited(now);
+        (self.rate_limited_from, self.rate_limited_until) = (0, 0);
     }
 
     /// Is as at the start, as far as that is the receiver's doing.
@@ -295,7 +311,7 @@ mod tests {
             for burst in [1, u32::MAX] {
                 let mut endpoint = Endpoint::new(EndpointName::DEFAULT);
                 let clock = ToldClock::default();
-                endpoint.set_limits(Limits { rate_per_second, burst, concurrency: 1 }, &clock);
+                endpoint.set_limits(Limits { rate_per_second, burst, concurrency: 1 }, &clock, 0);
                 assert!(endpoint.take_permit(&clock, 0), "the first one is always free: {rate_per_second} {burst}");
                 endpoint.take_permit(&clock, u64::MAX);
             }

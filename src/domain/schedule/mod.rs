@@ -111,7 +111,7 @@ impl Schedule {
         let id = self.endpoint_id(name);
         let clock = self.clock.clone();
         if let Some(endpoint) = self.endpoint_mut(id) {
-            endpoint.set_limits(limits, &clock);
+            endpoint.set_limits(limits, &clock, now);
         }
         self.touch(id, now);
     }
@@ -130,11 +130,11 @@ impl Schedule {
         self.touch(id, now);
     }
 
-    /// Leaves an endpoint alone for so long, as it asked before a restart.
+    /// Leaves an endpoint alone for so long at least, as it asked before a restart or an operator's test.
     pub fn hold(&mut self, name: EndpointName, wait: Duration, now: u64) {
         let id = self.endpoint_id(name);
         if let Some(endpoint) = self.endpoint_mut(id) {
-            endpoint.held_until = now.saturating_add(micros(wait.min(RETRY_AFTER_MAX)));
+            endpoint.held_until = endpoint.held_until.max(now.saturating_add(micros(wait.min(RETRY_AFTER_MAX))));
         }
         self.touch(id, now);
     }
@@ -266,7 +266,11 @@ impl Schedule {
         lane.state = State::Waiting;
         let endpoint = lane.endpoint;
         let due = now.saturating_add(micros(wait.min(self.rules.delays.longest())));
-        let retry = Retry { fixed: retry.fixed.min(lane.len), due, ..retry };
+        // Where a refusal counted, others had succeeded since the first attempt.
+        let has_counted = retry.refusals.max(retry.singles_refusals) > 0;
+        let successes = self.endpoints.get(endpoint as usize).map_or(0, |endpoint| endpoint.successes);
+        let mark = if has_counted { 0 } else { successes };
+        let retry = Retry { fixed: retry.fixed.min(lane.len), due, mark, ..retry };
         self.lanes.set_retry(lane_id, Some(retry));
         if let Some(endpoint) = self.endpoint_mut(endpoint) {
             // Its entry among the fresh ones is stale now, and skipped when it comes up.

@@ -70,8 +70,9 @@ impl Schedule {
     pub fn reported(&mut self, lane_id: LaneId, taken: u32, verdict: Verdict, moment: Moment) -> ToRecord {
         let Some(flight) = self.flights.remove(&lane_id) else { return ToRecord::default() };
         let Some(lane) = self.lanes.get(lane_id).copied() else { return ToRecord::default() };
-        // Of another receiver's answer only this counts; the one that it is to go to now has not said a word.
-        let is_heeded = matches!(verdict, Verdict::Delivered | Verdict::Damaged | Verdict::Unread);
+        // Of another receiver's answer only this counts; the one that it is to go to now, if any, has not said a word.
+        let is_gone = self.endpoints.get(lane.endpoint as usize).is_some_and(|endpoint| endpoint.limits.is_none());
+        let is_heeded = is_gone || matches!(verdict, Verdict::Delivered | Verdict::Damaged | Verdict::Unread);
         let verdict = if flight.is_outdated && !is_heeded { Verdict::Again } else { verdict };
         let mut outcome = ToRecord { lane: Some(lane.key), ..ToRecord::default() };
         let held_until =
@@ -90,10 +91,13 @@ impl Schedule {
         } else {
             match verdict {
                 Verdict::Again => {
-                    // It may have been seen: the same body and `webhook-id` go again.
-                    if taken > 0 && retry.is_none_or(|retry| retry.fixed == 0) {
+                    // It may have been seen: the same body and `webhook-id` go again, as the next attempt at this receiver.
+                    if taken > 0 {
                         let first = Retry { mark: flight.mark, ..Retry::default() };
-                        let retry = Retry { fixed: taken, ..retry.unwrap_or(first) };
+                        let retry = retry.unwrap_or(first);
+                        let fixed = if retry.fixed == 0 { taken } else { retry.fixed };
+                        let tries = retry.tries.saturating_add(u32::from(!flight.is_outdated));
+                        let retry = Retry { fixed, tries, ..retry };
                         self.lanes.set_retry(lane_id, Some(retry));
                     }
                     self.make_ready(lane_id, moment.now);

@@ -162,7 +162,7 @@ fn a_journal_that_cannot_be_read_just_now_changes_nothing_of_a_push_but_when_it_
     let mut now = 0;
     for _ in 0..3 {
         let start = schedule.next(now).unwrap();
-        assert_eq!((start.events, start.is_fixed, start.attempt), (events.clone(), true, 1));
+        assert_eq!((start.events, start.is_fixed, start.attempt), (events.clone(), true, 2));
         let outcome = schedule.reported(start.lane, 0, Verdict::Unread, at(now));
         assert!(outcome.delivered.is_empty() && outcome.breaker.is_none());
         assert!(schedule.next(now).is_none(), "it waits before it tries again");

@@ -23,7 +23,7 @@ pub struct EndpointView {
     pub is_paused: bool,
     /// When its oldest event was accepted, Unix seconds.
     pub oldest: Option<u32>,
-    /// Microseconds in which a lane was ready and the rate forbade it.
+    /// Microseconds in which an attempt was due and the rate forbade it.
     pub rate_limited: u64,
 }
 
@@ -132,15 +132,15 @@ impl Schedule {
     }
 
     /// Every endpoint that ever was.
-    pub fn endpoints(&self) -> impl Iterator<Item = EndpointView> {
-        self.endpoints.iter().map(|endpoint| EndpointView {
+    pub fn endpoints(&self, now: u64) -> impl Iterator<Item = EndpointView> {
+        self.endpoints.iter().map(move |endpoint| EndpointView {
             name: endpoint.name,
             events: endpoint.events,
             in_flight: endpoint.in_flight,
             is_up: endpoint.down.is_none(),
             is_paused: endpoint.pauses.is_paused(),
             oldest: endpoint.ages.oldest(),
-            rate_limited: endpoint.rate_limited,
+            rate_limited: endpoint.rate_limited(now),
         })
     }
 

@@ -141,7 +141,7 @@ impl Store {
             .max(opening.checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.position.segment + 1));
         let previous = last.map(|found| (found.number, found.end));
         let mut admission = Admission::new(options.rules, ids);
-        for view in schedule.endpoints() {
+        for view in schedule.endpoints(0) {
             admission.count_waiting(view.name, view.events);
         }
         admission.settings = set;

@@ -38,7 +38,7 @@ fn another_receiver_at_the_same_name_begins_anew() {
     assert!(schedule.next(SECOND).is_none());
     schedule.forget_failures(name(0), SECOND);
     assert_eq!(std::iter::from_fn(|| schedule.next(SECOND)).count(), 2);
-    assert!(schedule.endpoints().all(|view| view.is_up));
+    assert!(schedule.endpoints(0).all(|view| view.is_up));
 }
 
 #[test]
@@ -106,4 +106,48 @@ fn a_wait_of_nothing_is_none() {
     let start = schedule.next(0).unwrap();
     let outcome = schedule.reported(start.lane, 1, Verdict::Throttled(Some(Duration::ZERO)), at(0));
     assert!(outcome.held.is_some_and(|held| !held.is_zero()));
+}
+
+#[test]
+fn a_refusal_that_counted_counts_on_after_a_restart() {
+    let limits = Limits { rate_per_second: 1e6, burst: 1_000, concurrency: 6 };
+    for (refusals, is_buried) in [(0, false), (2, true)] {
+        let mut schedule = one_endpoint(rules(), limits);
+        let head = append(&mut schedule, 1, 0, 0, 0);
+        let retry = Retry { tries: 3, attempts: 3, refusals, fixed: 1, ..Retry::default() };
+        schedule.restore(LaneKey(1), head, retry, Duration::ZERO, 0);
+        let start = schedule.next(0).unwrap();
+        schedule.reported(start.lane, 1, Verdict::Refused, at(0));
+        let reason = schedule.next_bury().map(|burial| burial.reason);
+        assert_eq!(reason, is_buried.then_some(DeathReason::Refused), "{refusals} of {}", rules().max_refusals);
+    }
+}
+
+#[test]
+fn an_attempt_under_way_when_its_endpoint_goes_is_counted() {
+    let mut schedule = one_endpoint(rules(), limits());
+    append(&mut schedule, 1, 0, 0, 0);
+    let start = schedule.next(0).unwrap();
+    schedule.remove_endpoint(name(0));
+    assert!(schedule.next_bury().is_none(), "it may be delivered yet");
+    schedule.reported(start.lane, 1, FAILED, at(0));
+    let burial = schedule.next_bury().unwrap();
+    assert_eq!((burial.reason, burial.attempts), (DeathReason::EndpointRemoved, 1));
+}
+
+#[test]
+fn time_of_the_rate_is_counted_as_it_passes() {
+    let mut schedule = one_endpoint(rules(), Limits { rate_per_second: 0.1, burst: 1, concurrency: 6 });
+    append(&mut schedule, 1, 0, 0, 0);
+    append(&mut schedule, 2, 0, 0, 0);
+    let seen = |schedule: &Schedule, now| schedule.endpoints(now).next().unwrap().rate_limited;
+    assert!(schedule.next(0).is_some() && schedule.next(0).is_none());
+    assert_eq!((seen(&schedule, 0), seen(&schedule, SECOND)), (0, SECOND));
+    // Others who ask for the rate meanwhile wait for the same.
+    assert!(schedule.take_permit(name(0), 4 * SECOND).is_err());
+    assert_eq!(seen(&schedule, 6 * SECOND), 6 * SECOND);
+    assert!(seen(&schedule, 60 * SECOND) <= 10 * SECOND + 2, "not while nothing is due");
+    schedule.put_endpoint(name(0), limits(), 7 * SECOND);
+    assert_eq!(seen(&schedule, 60 * SECOND), 7 * SECOND);
+    assert!(schedule.next(7 * SECOND).is_some() || schedule.wake_at().is_some());
 }
