@@ -196,8 +196,13 @@ impl App {
     }
 
     async fn take_over(&self, config: Config) -> Result<Vec<&'static str>, String> {
+        if config.is_empty {
+            // What waits would be given up, though it is more likely that somebody is just writing the file.
+            return Err("the file is empty".to_owned());
+        }
         // The listeners stay where they are, whatever the new file says of addresses.
-        check_exposure(&config, self.local_address, self.open_api_address)?;
+        check_exposure(&config, self.local_address, self.open_api_address)
+            .map_err(|error| format!("{error}; it listens there until a restart"))?;
         let schedule = schedule_rules(&config);
         let network = Network::new(&config.extra_ca, schedule.max_in_flight).map_err(|error| error.to_string())?;
         for warning in &config.warnings {

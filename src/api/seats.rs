@@ -15,7 +15,7 @@ use crate::clock;
 /// One seat in so many is kept free for who comes next.
 const SPARE_SHARE: usize = 8;
 /// How long a connection that is to make room waits for a request that may be on its way.
-const GRACE: Duration = Duration::from_millis(15);
+pub(super) const GRACE: Duration = Duration::from_millis(15);
 /// How long the rest of a request's body may take then.
 const BODY_GRACE: Duration = Duration::from_millis(250);
 /// How long those that are to make room may take, before others are asked.
@@ -156,14 +156,14 @@ impl Seat {
         self.seat.is_wanted.load(Ordering::Relaxed)
     }
 
-    /// Whether there is a request still to be answered, or comes within the grace. From here on this seat is one of
+    /// Whether there is a request still to be answered, or comes within that grace. From here on this seat is one of
     /// those that are to be free.
-    pub(super) async fn last_request(&self) -> bool {
+    pub(super) async fn last_request(&self, grace: Duration) -> bool {
         if !self.seat.is_wanted.swap(true, Ordering::Relaxed) {
             self.seats.leaving.fetch_add(1, Ordering::Relaxed);
         }
         let is_busy = self.seat.idle_since.load(Ordering::Relaxed) == BUSY;
-        is_busy || timeout(GRACE, self.seat.begun.notified()).await.is_ok()
+        is_busy || timeout(grace, self.seat.begun.notified()).await.is_ok()
     }
 }
 

@@ -20,7 +20,7 @@ use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 
 use super::answer::Answer;
-use super::seats::{Seat, Seats};
+use super::seats::{GRACE, Seat, Seats};
 use super::{Shared, local, metrics, open_api};
 use crate::config::{Listen, Local};
 use crate::metrics::EVENTS;
@@ -31,6 +31,8 @@ const HEAD_LIMIT: Duration = Duration::from_secs(30);
 const TLS_LIMIT: Duration = Duration::from_secs(10);
 /// The last answer of a connection that is to make room may take so long.
 const LAST_ANSWER_LIMIT: Duration = Duration::from_secs(60);
+/// When all is to end, a connection without a request has so long to finish the head of one.
+const LAST_GRACE: Duration = Duration::from_millis(250);
 /// Largest head of a request, bytes.
 const HEAD_MAX: usize = 64 << 10;
 /// Connections that the kernel holds until they are accepted.
@@ -326,7 +328,7 @@ where
         // First what has come, when both are there.
         biased;
         ended = connection.as_mut() => return drop(ended),
-        is_busy = seat.last_request() => if !is_busy { return },
+        is_busy = seat.last_request(if is_ending { LAST_GRACE } else { GRACE }) => if !is_busy { return },
     }
     connection.as_mut().graceful_shutdown();
     if is_ending {

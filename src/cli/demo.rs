@@ -11,6 +11,7 @@ use anyhow::{Context as _, bail};
 use hyper::{Method, StatusCode};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Notify;
 
 use super::http;
@@ -42,7 +43,16 @@ struct Demo {
 pub(super) fn run() -> anyhow::Result<()> {
     crate::log::start("warn", crate::config::LogFormat::Text);
     let dir = std::env::temp_dir().join(format!("h5push-relay-demo-{:08x}", clock::random_id() as u32));
-    let result = super::runtime()?.block_on(play(&dir));
+    let result = super::runtime()?.block_on(async {
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut hang_up = signal(SignalKind::hangup())?;
+        tokio::select! {
+            played = play(&dir) => played,
+            _ = tokio::signal::ctrl_c() => bail!("interrupted"),
+            _ = terminate.recv() => bail!("interrupted"),
+            _ = hang_up.recv() => bail!("interrupted"),
+        }
+    });
     // Throw-away.
     drop(std::fs::remove_dir_all(&dir));
     result

@@ -12,9 +12,9 @@ mod store;
 mod table;
 mod verify;
 
-use std::io;
+use std::io::{self, Write as _};
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{CommandFactory as _, Parser, Subcommand};
@@ -111,8 +111,10 @@ pub fn run() -> ExitCode {
             read_config(&shared).map_err(anyhow::Error::from).and_then(|config| call.run(&config, arguments.json))
         }
         Some(Call::Completions { shell }) => {
-            clap_complete::generate(shell, &mut Arguments::command(), "h5push-relay", &mut io::stdout());
-            Ok(())
+            // It panics where it cannot write.
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Arguments::command(), "h5push-relay", &mut script);
+            io::stdout().write_all(&script).map_err(Into::into)
         }
         Some(Call::Man { dir }) => man(dir),
         Some(Call::Demo) => demo::run(),
@@ -139,11 +141,29 @@ struct Shared {
     data_dir: Option<PathBuf>,
 }
 
+/// Administration commands.
+const MAN_SECTION: &str = "8";
+
 fn man(dir: Option<PathBuf>) -> anyhow::Result<()> {
-    match dir {
-        Some(dir) => Ok(clap_mangen::generate_to(Arguments::command(), dir)?),
-        None => Ok(clap_mangen::Man::new(Arguments::command()).render(&mut io::stdout())?),
+    let mut command = Arguments::command().disable_help_subcommand(true);
+    command.build();
+    let Some(dir) = dir else { return Ok(io::stdout().write_all(man_page(command)?.as_bytes())?) };
+    write_man_pages(command, &dir)
+}
+
+fn write_man_pages(command: clap::Command, dir: &Path) -> anyhow::Result<()> {
+    for subcommand in command.get_subcommands().cloned() {
+        write_man_pages(subcommand, dir)?;
     }
+    let name = command.get_display_name().unwrap_or_else(|| command.get_name()).to_owned();
+    Ok(std::fs::write(dir.join(format!("{name}.{MAN_SECTION}")), man_page(command)?)?)
+}
+
+fn man_page(command: clap::Command) -> anyhow::Result<String> {
+    let mut page = Vec::new();
+    clap_mangen::Man::new(command).section(MAN_SECTION).render(&mut page)?;
+    // It takes other pages to be of section 1.
+    Ok(String::from_utf8(page)?.replace("(1)\n", &format!("({MAN_SECTION})\n")))
 }
 
 fn read_config(arguments: &Shared) -> Result<Config, ConfigError> {

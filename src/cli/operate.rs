@@ -11,8 +11,9 @@ use serde_json::{Value, json};
 use super::calls::{Customers, DeadLetters, Endpoints, Filter, Lanes, Operate, Toggle};
 use super::http::Client;
 use super::show::{
-    items, number, show_endpoints, show_fields, show_lanes, show_letter, show_letters, show_status, text,
+    items, number, show_endpoints, show_fields, show_lanes, show_letter, show_letters, show_status, text, visible,
 };
+use super::table;
 use crate::config::Local;
 
 /// Replays and burials of many events take their time.
@@ -233,11 +234,11 @@ impl Relay {
     }
 
     fn show(&self, answer: &Value, people: impl FnOnce(&Value) -> io::Result<()>) -> anyhow::Result<()> {
-        if self.json { Ok(print_json(answer)?) } else { Ok(people(answer)?) }
+        if self.json { Ok(print_json(answer)?) } else { Ok(people(&visible(answer))?) }
     }
 
     fn say(&self, answer: &Value, line: String) -> anyhow::Result<()> {
-        self.show(answer, |_| writeln!(io::stdout(), "{line}"))
+        self.show(answer, |_| writeln!(io::stdout(), "{}", table::visible(&line)))
     }
 }
 

@@ -14,6 +14,16 @@ pub(super) fn text<'a>(value: &'a Value, name: &str) -> &'a str {
     value.get(name).and_then(Value::as_str).unwrap_or("")
 }
 
+/// The same, its texts as [`table::visible`] has them: names and ids come from anywhere.
+pub(super) fn visible(value: &Value) -> Value {
+    match value {
+        Value::String(text) => Value::String(table::visible(text)),
+        Value::Array(items) => items.iter().map(visible).collect(),
+        Value::Object(fields) => fields.iter().map(|(name, value)| (name.clone(), visible(value))).collect(),
+        Value::Null | Value::Bool(_) | Value::Number(_) => value.clone(),
+    }
+}
+
 pub(super) fn number(value: &Value, name: &str) -> u64 {
     value.get(name).and_then(Value::as_u64).unwrap_or(0)
 }
@@ -167,12 +177,12 @@ pub(super) fn show_next(list: &Value) -> io::Result<()> {
 pub(super) fn show_letter(text: &str) -> anyhow::Result<()> {
     let mut fields: BTreeMap<&str, &RawValue> = serde_json::from_str(text)?;
     let messages = fields.remove("messages");
-    show_fields(&serde_json::to_value(fields)?)?;
+    show_fields(&visible(&serde_json::to_value(fields)?))?;
     let mut out = io::stdout().lock();
     let Some(messages) = messages else { return Ok(()) };
     let messages: Vec<&RawValue> = serde_json::from_str(messages.get())?;
     writeln!(out, "messages")?;
-    Ok(messages.iter().try_for_each(|message| writeln!(out, "  {message}"))?)
+    Ok(messages.iter().try_for_each(|message| writeln!(out, "  {}", table::visible(message.get())))?)
 }
 
 /// One thing, a field a line.

@@ -26,6 +26,21 @@ pub(super) fn print(head: &[&str], rows: &[Vec<String>]) -> io::Result<()> {
     rows.iter().try_for_each(|row| line(row, false))
 }
 
+/// A text that moves no cursor and turns no line round: control and bidirectional characters are escaped.
+pub(super) fn visible(text: &str) -> String {
+    let mut visible = String::with_capacity(text.len());
+    for char in text.chars() {
+        let turns =
+            matches!(char, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+        if char.is_control() || turns {
+            visible.extend(char.escape_unicode());
+        } else {
+            visible.push(char);
+        }
+    }
+    visible
+}
+
 /// How many columns of a terminal a text takes: colours none, East Asian characters two.
 fn columns(text: &str) -> usize {
     let mut is_escape = false;

@@ -193,6 +193,8 @@ pub struct Config {
     pub extra_ca: Vec<CertificateDer<'static>>,
     /// `[open_api]`
     pub open_api: OpenApi,
+    /// Whether nothing at all is set.
+    pub is_empty: bool,
     /// What is not wrong, but not as it should be.
     pub warnings: Vec<String>,
     /// `log.level`
@@ -221,7 +223,9 @@ impl Config {
     pub fn parse(text: &str, path: &Path) -> Result<Config, ConfigError> {
         let wrong = |problem: String| ConfigError::Wrong { path: path.to_owned(), problem };
         let file: FileWritten = toml::from_str(text).map_err(|error| wrong(problem::describe(text, &error)))?;
-        file.check().map_err(wrong)
+        let config = file.check().map_err(wrong)?;
+        let is_empty = toml::from_str::<toml::Table>(text).is_ok_and(|table| table.is_empty());
+        Ok(Config { is_empty, ..config })
     }
 
     /// Reads `[local]` alone: who speaks with a relay that runs can do so whatever else is wrong with the file by now.
@@ -378,6 +382,7 @@ impl FileWritten {
             dead_max: dead_letters.max.unwrap_or(0),
             extra_ca: extra_ca.unwrap_or_default(),
             open_api,
+            is_empty: false,
             warnings: files.warnings,
             log_level,
             log_format: log.format.unwrap_or_default(),

@@ -160,6 +160,9 @@ impl FromStr for Listen {
 
     fn from_str(text: &str) -> Result<Listen, String> {
         match text.strip_prefix("unix:") {
+            Some(path) if path.len() > UNIX_PATH_MAX => {
+                Err(format!("the path of a unix socket has at most {UNIX_PATH_MAX} bytes"))
+            }
             Some(path) if path.starts_with('/') => Ok(Listen::Unix(path.into())),
             Some(_) => Err("the path of a unix socket begins with /".to_owned()),
             None => {
@@ -185,6 +188,8 @@ impl fmt::Display for Listen {
     }
 }
 
+/// Longest path of a unix socket (unix(7)), bytes.
+const UNIX_PATH_MAX: usize = 107;
 /// Longest duration: what is added to now must still be a time.
 const TIME_MAX: Duration = Duration::from_secs(100 * 365 * 24 * 3_600);
 

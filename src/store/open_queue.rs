@@ -58,7 +58,13 @@ impl Opener<'_> {
             match resumed {
                 Ok((queue, applier)) => return Ok(Opened { queue, applier, is_new: false }),
                 // Nothing is wrong with it, or maybe only for the moment.
-                Err(error) if error.is_no_space() || (!self.is_start && error.is_of_a_file()) => return Err(error),
+                Err(error)
+                    if error.is_no_space()
+                        || error.is_of_this_process()
+                        || (!self.is_start && error.is_of_a_file()) =>
+                {
+                    return Err(error);
+                }
                 Err(error) => {
                     tracing::error!(%error, "the queue is set aside and built anew from the journal");
                     set_aside(&self.options.dir, &dir)?;

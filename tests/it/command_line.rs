@@ -53,6 +53,12 @@ fn operators_see_and_do_everything_from_the_command_line() {
         let shown = done(&relay, &format!("dead-letters show {id}{how}"));
         assert!(shown.contains(odd), "{shown}");
     }
+    // Names come from anywhere, and move no cursor.
+    done(&relay, "endpoints pause 12");
+    post(&event("\u{1b}[31mred\n\u{202e}x", "m9").to_string());
+    assert!(done(&relay, "lanes list").contains(r"\u{1b}[31mred\u{a}\u{202e}x"));
+    assert!(done(&relay, "lanes list --json").contains('\u{202e}'), "nothing is changed for machines");
+    done(&relay, "customers forget \u{1b}[31mred\n\u{202e}x");
     // Whatever JSON allows.
     let odder = r#"{"z":1e999,"\ud800":"\ud800","im_sub_session_id":1}"#;
     done(&relay, "endpoints pause 12");
@@ -237,21 +243,4 @@ fn a_stopped_store_is_verified_counted_and_exported() {
     relay.call("POST", "/v1/endpoints/12/retry", &Value::Null);
     receiver.wait_delivered(5);
     drop(relay.stop());
-}
-
-#[test]
-fn completions_and_man_pages_come_from_the_program_itself() {
-    let print = |arguments: &[&str]| {
-        let output = Command::new(env!("CARGO_BIN_EXE_h5push-relay")).args(arguments).output().unwrap();
-        assert!(output.status.success(), "{arguments:?}");
-        String::from_utf8(output.stdout).unwrap()
-    };
-    for shell in ["bash", "zsh", "fish"] {
-        assert!(print(&["completions", shell]).contains("dead-letters"), "{shell}");
-    }
-    assert!(print(&["man"]).starts_with(".ie"));
-    let dir = tempfile::tempdir().unwrap();
-    print(&["man", "--dir", dir.path().to_str().unwrap()]);
-    assert!(dir.path().join("h5push-relay.1").exists());
-    assert!(dir.path().join("h5push-relay-dead-letters-replay.1").exists());
 }

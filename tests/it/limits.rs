@@ -31,11 +31,15 @@ fn a_full_outbox_refuses_the_whole_request_and_the_toggle_still_works() {
 fn a_full_endpoint_refuses_its_own_events_and_no_others() {
     let receiver = Receiver::start();
     let text = format!(
-        "[endpoints.12]\nurl = \"http://{0}/12\"\nmax_events = 2\n[endpoints.13]\nurl = \"http://{0}/13\"\n",
+        "[endpoints.12]\nurl = \"http://{0}/12\"\nmax_events = 2\n[endpoints.13]\nurl = \"http://{0}/13\"\n\
+         [endpoints.14]\nurl = \"http://{0}/14\"\nmax_events = 0\n",
         receiver.address
     );
     receiver.answer_status(500);
     let relay = Relay::start(&text);
+    let mut shut = event("a", "y0");
+    shut["im_web_plugin_id"] = json!(14);
+    assert_eq!(relay.post(&shut).code(), "endpoint_full");
     relay.queue(&event("a", "m0"));
     let mut other = event("a", "x0");
     other["im_web_plugin_id"] = json!(13);

@@ -1,6 +1,7 @@
 //! The process: config, signals, demo, receiver, metrics.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read as _, Write as _};
+use std::net::TcpStream;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -31,7 +32,8 @@ fn check_config_prints_what_comes_of_it_and_says_where_it_is_wrong() {
         assert_eq!((code, out.as_str()), (Some(78), ""));
         assert!(error.contains(path) && error.contains("line 3, column 1") && error.contains("timeuot"), "{error}");
     }
-    for wrong in ["[tls]\nextra_ca_file = \"/nowhere.pem\"", "[local]\nsocket_group = \"nobody-of-that-name\""] {
+    let long = format!("[local]\nlisten = \"unix:/{}\"", "x".repeat(107));
+    for wrong in [&long, "[tls]\nextra_ca_file = \"/nowhere.pem\"", "[local]\nsocket_group = \"nobody-of-that-name\""] {
         std::fs::write(path, wrong).unwrap();
         assert_eq!(run(&["check-config", "--config", path]).0, Some(78), "{wrong}");
         assert_eq!(run(&["--config", path]).0, Some(78), "{wrong}");
@@ -237,5 +239,68 @@ fn what_needs_a_restart_is_named_until_there_was_one() {
         wait_until("it is read", || relay.log().matches("read anew").count() == round + 1);
         let status = get(relay.local, "/v1/status").json();
         assert_eq!(status["config"]["needs_restart"], serde_json::json!(needed), "round {round}");
+    }
+}
+
+#[test]
+fn an_empty_file_changes_nothing() {
+    let receiver = Receiver::start();
+    receiver.answer_status(500);
+    let relay = Relay::start(&config(receiver.address, ""));
+    relay.queue(&event("a", "m0"));
+    std::fs::write(relay.dir.path().join("config.toml"), "# being written\n").unwrap();
+    relay.signal("HUP");
+    wait_until("it is refused", || relay.log().contains("the file is empty"));
+    assert_eq!((&relay.endpoint("12")["configured"], &relay.endpoint("12")["events"]), (&true.into(), &1.into()));
+}
+
+#[test]
+fn a_request_whose_head_has_begun_is_answered_at_a_stop() {
+    let relay = Relay::start("");
+    let mut stream = TcpStream::connect(relay.local).unwrap();
+    stream.write_all(b"GET /healthz HTTP/1.1\r\nhost: loc").unwrap();
+    // Another one has been answered: the first is accepted.
+    assert_eq!(get(relay.local, "/healthz").status, 200);
+    relay.signal("TERM");
+    wait_until("it stops", || relay.log().contains("stopping"));
+    std::thread::sleep(Duration::from_millis(60));
+    stream.write_all(b"alhost\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("connection: close"), "{answer}");
+}
+
+#[test]
+fn completions_and_man_pages_are_written_or_it_fails() {
+    let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+    for shell in ["bash", "zsh", "fish"] {
+        assert!(run(&["completions", shell]).1.contains("dead-letters"), "{shell}");
+    }
+    for arguments in [&["completions", "bash"][..], &["man"]] {
+        assert!(run(arguments).1.contains("h5push-relay"));
+        let mut command = Command::new(env!("CARGO_BIN_EXE_h5push-relay"));
+        let failed = command.args(arguments).stdout(full.try_clone().unwrap()).stderr(Stdio::null()).status().unwrap();
+        assert_eq!(failed.code(), Some(1), "{arguments:?}");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    assert_eq!(run(&["man", "--dir", dir.path().to_str().unwrap()]).0, Some(0));
+    let page = |name: &str| std::fs::read_to_string(dir.path().join(name)).unwrap();
+    assert!(page("h5push-relay.8").contains("h5push\\-relay\\-dead\\-letters(8)"), "{}", page("h5push-relay.8"));
+    assert!(page("h5push-relay-dead-letters-replay.8").contains("replay"));
+}
+
+#[test]
+fn a_demo_that_is_interrupted_leaves_nothing_behind() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let left = || std::fs::read_dir(dir.path()).unwrap().count();
+    for signal in ["-INT", "-TERM"] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_h5push-relay"));
+        let command = command.arg("demo").env("TMPDIR", dir.path()).stdout(Stdio::null()).stderr(Stdio::null());
+        let mut child = command.spawn().unwrap();
+        wait_until("it has begun", || left() == 1);
+        std::thread::sleep(Duration::from_millis(300));
+        Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap();
+        assert_eq!(child.wait().unwrap().code(), Some(1));
+        assert_eq!(left(), 0, "{signal}");
     }
 }

@@ -163,7 +163,8 @@ impl Admission {
         };
         let (after, changes) = self.hear(event.plugin, &event.web_token, &event.hearing, now_s);
         let verdict = gate::decide(event.question(true), &after, self.rules.require_h5push);
-        if verdict.is_ok() && self.waiting_by_endpoint.get(&endpoint).is_some_and(|count| *count >= events_max) {
+        let waiting = self.waiting_by_endpoint.get(&endpoint).copied().unwrap_or(0);
+        if verdict.is_ok() && waiting >= events_max {
             // What it says of its customer holds all the same (contract §3), unless the answer is an error.
             if !is_alone {
                 self.remember(changes, request);

@@ -84,6 +84,20 @@ impl QueueError {
         }
     }
 
+    /// Whether this process may not, or cannot just now, open a file: that says nothing of what is in it.
+    pub(in crate::store) fn is_of_this_process(&self) -> bool {
+        use std::io::ErrorKind::{OutOfMemory, PermissionDenied, ReadOnlyFilesystem};
+        match self {
+            QueueError::Sled(sled::Error::Io(error)) | QueueError::Sync(error) => {
+                let has_no_descriptor = [rustix::io::Errno::MFILE, rustix::io::Errno::NFILE]
+                    .iter()
+                    .any(|errno| error.raw_os_error() == Some(errno.raw_os_error()));
+                has_no_descriptor || matches!(error.kind(), OutOfMemory | PermissionDenied | ReadOnlyFilesystem)
+            }
+            QueueError::Sled(_) | QueueError::Panicked(_) | QueueError::Hung | QueueError::Damaged(_) => false,
+        }
+    }
+
     /// Whether what is on disk does not read back: opening it again changes nothing.
     pub(in crate::store) fn is_damage(&self) -> bool {
         use std::io::ErrorKind::{InvalidData, UnexpectedEof};
