@@ -193,7 +193,7 @@ pub struct Config {
     pub extra_ca: Vec<CertificateDer<'static>>,
     /// `[open_api]`
     pub open_api: OpenApi,
-    /// Whether nothing at all is set.
+    /// Whether nothing stands in the file, not even a comment.
     pub is_empty: bool,
     /// What is not wrong, but not as it should be.
     pub warnings: Vec<String>,
@@ -224,8 +224,7 @@ impl Config {
         let wrong = |problem: String| ConfigError::Wrong { path: path.to_owned(), problem };
         let file: FileWritten = toml::from_str(text).map_err(|error| wrong(problem::describe(text, &error)))?;
         let config = file.check().map_err(wrong)?;
-        let is_empty = toml::from_str::<toml::Table>(text).is_ok_and(|table| table.is_empty());
-        Ok(Config { is_empty, ..config })
+        Ok(Config { is_empty: text.trim().is_empty(), ..config })
     }
 
     /// Reads `[local]` alone: who speaks with a relay that runs can do so whatever else is wrong with the file by now.

@@ -8,7 +8,7 @@ fn parse(text: &str) -> Result<Config, String> {
 #[test]
 fn the_example_shows_every_key_with_its_default() {
     let example = include_str!("../../config.example.toml");
-    let plain = parse("").unwrap();
+    let plain = parse("# Nothing is set.").unwrap();
     let shown = parse(example).unwrap();
     assert_eq!(format!("{plain:?}"), format!("{shown:?}"), "the example as it is");
     // With what is commented out switched on, it is complete and still right.

@@ -118,7 +118,7 @@ impl Report {
     #[must_use]
     pub fn survey(status: u16, body: &[u8]) -> Report {
         let code = serde_json::from_slice::<serde_json::Value>(body).ok().and_then(|body| {
-            let code = body.as_object()?.get("code").filter(|code| !code.is_null())?;
+            let code = body.as_object()?.get("code")?;
             let text = code.as_str().and_then(|code| code.parse().ok());
             let real = code.as_f64().filter(|code| code.fract() == 0.0).map(|code| code as i64);
             Some(code.as_i64().or(real).or(text).unwrap_or(-1))

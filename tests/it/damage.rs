@@ -138,32 +138,3 @@ fn a_harmed_log_of_the_customers_is_counted_once_and_written_anew() {
     assert!(kept[0][first..].iter().all(|is_off| !is_off), "{kept:?}");
     assert_eq!(kept[0], kept[1]);
 }
-
-#[test]
-fn a_queue_that_cannot_be_opened_for_want_of_descriptors_is_not_taken_for_a_damaged_one() {
-    let receiver = Receiver::start();
-    let relay = Relay::start(&config(receiver.address, ""));
-    relay.queue(&event("a", "m0"));
-    receiver.wait_delivered(1);
-    let mut dir = relay.stop();
-    let damaged = |dir: &tempfile::TempDir| {
-        let names = std::fs::read_dir(dir.path().join("data")).unwrap().map(|entry| entry.unwrap().file_name());
-        names.filter(|name| name.to_string_lossy().contains("damaged")).count()
-    };
-    let mut failed = 0;
-    for limit in 8..32 {
-        let limited = std::process::Command::new("prlimit")
-            .arg(format!("--nofile={limit}:{limit}"))
-            .args(["timeout", "1", env!("CARGO_BIN_EXE_h5push-relay"), "--config"])
-            .arg(dir.path().join("config.toml"))
-            .output()
-            .unwrap();
-        failed += u32::from(limited.status.code() == Some(1));
-        assert_eq!(damaged(&dir), 0, "{limit}: {}", String::from_utf8_lossy(&limited.stderr));
-    }
-    assert!(failed > 3, "{failed}");
-    let relay = Relay::start_in(dir, &config(receiver.address, ""));
-    assert_eq!(relay.post(&event("a", "m0")).json()["outcome"], "duplicate");
-    dir = relay.stop();
-    assert_eq!(damaged(&dir), 0);
-}

@@ -248,7 +248,7 @@ fn an_empty_file_changes_nothing() {
     receiver.answer_status(500);
     let relay = Relay::start(&config(receiver.address, ""));
     relay.queue(&event("a", "m0"));
-    std::fs::write(relay.dir.path().join("config.toml"), "# being written\n").unwrap();
+    std::fs::write(relay.dir.path().join("config.toml"), "\n").unwrap();
     relay.signal("HUP");
     wait_until("it is refused", || relay.log().contains("the file is empty"));
     assert_eq!((&relay.endpoint("12")["configured"], &relay.endpoint("12")["events"]), (&true.into(), &1.into()));

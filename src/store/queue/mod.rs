@@ -20,6 +20,7 @@
 mod blocks;
 mod buckets;
 mod copy;
+mod error;
 mod rows;
 
 use std::any::Any;
@@ -35,6 +36,7 @@ use self::blocks::{pack, unpack};
 use self::buckets::BUCKET_LOCKS;
 use self::copy::Copying;
 pub(in crate::store) use self::copy::{highest, remove_others};
+pub(in crate::store) use self::error::QueueError;
 pub(in crate::store) use self::rows::{IdEntry, PositionRow, RetryRow};
 use super::{lock, segment};
 use serde::Serialize;
@@ -52,71 +54,6 @@ const CACHE_BYTES: u64 = 2 << 20;
 const OPEN_LIMIT: Duration = Duration::from_secs(120);
 /// How often opening is tried while the last process's lock is still going away.
 const OPEN_TRIES: u32 = 20;
-
-/// What can be wrong with sled.
-#[derive(Debug, thiserror::Error)]
-pub(in crate::store) enum QueueError {
-    /// An error of sled's own. The rows are as they were, as far as sled knows.
-    #[error("sled: {0}")]
-    Sled(#[from] sled::Error),
-    /// sled panicked: its memory is not to be trusted any more.
-    #[error("sled panicked: {0}")]
-    Panicked(String),
-    /// Opening hung.
-    #[error("sled did not open within {} s", OPEN_LIMIT.as_secs())]
-    Hung,
-    /// A row does not read back.
-    #[error("a row of sled's is damaged: {0}")]
-    Damaged(&'static str),
-    /// A file failed by itself.
-    #[error("a file of the queue's: {0}")]
-    Sync(#[from] std::io::Error),
-}
-
-impl QueueError {
-    /// Whether a file could not be used, whatever is in it.
-    pub(in crate::store) fn is_of_a_file(&self) -> bool {
-        use std::io::ErrorKind::{InvalidData, UnexpectedEof};
-        match self {
-            QueueError::Sled(sled::Error::Io(error)) => !matches!(error.kind(), InvalidData | UnexpectedEof),
-            QueueError::Sync(_) => true,
-            QueueError::Sled(_) | QueueError::Panicked(_) | QueueError::Hung | QueueError::Damaged(_) => false,
-        }
-    }
-
-    /// Whether this process may not, or cannot just now, open a file: that says nothing of what is in it.
-    pub(in crate::store) fn is_of_this_process(&self) -> bool {
-        use std::io::ErrorKind::{OutOfMemory, PermissionDenied, ReadOnlyFilesystem};
-        match self {
-            QueueError::Sled(sled::Error::Io(error)) | QueueError::Sync(error) => {
-                let has_no_descriptor = [rustix::io::Errno::MFILE, rustix::io::Errno::NFILE]
-                    .iter()
-                    .any(|errno| error.raw_os_error() == Some(errno.raw_os_error()));
-                has_no_descriptor || matches!(error.kind(), OutOfMemory | PermissionDenied | ReadOnlyFilesystem)
-            }
-            QueueError::Sled(_) | QueueError::Panicked(_) | QueueError::Hung | QueueError::Damaged(_) => false,
-        }
-    }
-
-    /// Whether what is on disk does not read back: opening it again changes nothing.
-    pub(in crate::store) fn is_damage(&self) -> bool {
-        use std::io::ErrorKind::{InvalidData, UnexpectedEof};
-        match self {
-            QueueError::Damaged(_) | QueueError::Sled(sled::Error::Corruption { .. }) => true,
-            QueueError::Sled(sled::Error::Io(error)) => matches!(error.kind(), InvalidData | UnexpectedEof),
-            QueueError::Sled(_) | QueueError::Panicked(_) | QueueError::Hung | QueueError::Sync(_) => false,
-        }
-    }
-
-    /// Whether it is only for want of space.
-    pub(in crate::store) fn is_no_space(&self) -> bool {
-        let is_full = |error: &std::io::Error| error.kind() == std::io::ErrorKind::StorageFull;
-        match self {
-            QueueError::Sled(sled::Error::Io(error)) | QueueError::Sync(error) => is_full(error),
-            QueueError::Sled(_) | QueueError::Panicked(_) | QueueError::Hung | QueueError::Damaged(_) => false,
-        }
-    }
-}
 
 thread_local! {
     static GUARDED: Cell<bool> = const { Cell::new(false) };
