@@ -237,7 +237,7 @@ impl App {
     pub async fn stop(self) {
         let App { store, threads, commands, relay, mut listeners, mut scrapes, stop_local, stop_metrics, api, .. } =
             self;
-        let deadline = tokio::time::Instant::now() + self.started.shutdown_timeout;
+        let mut deadline = tokio::time::Instant::now() + self.started.shutdown_timeout;
         api.is_up.store(false, Ordering::SeqCst);
         stop_local.send_replace(true);
         let (reply, drained) = oneshot::channel();
@@ -249,6 +249,8 @@ impl App {
             if commands.send(Command::GiveUp(reply)).await.is_ok() {
                 drop(tokio::time::timeout(NOTED_LIMIT, noted).await);
             }
+            // Whoever waited for an attempt is answered now.
+            deadline = tokio::time::Instant::now() + NOTED_LIMIT;
         }
         // Requests that had begun are answered by now, or too slow.
         let answered = async { while listeners.join_next().await.is_some() {} };

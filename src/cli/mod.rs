@@ -147,7 +147,9 @@ const MAN_SECTION: &str = "8";
 fn man(dir: Option<PathBuf>) -> anyhow::Result<()> {
     let mut command = Arguments::command().disable_help_subcommand(true);
     command.build();
-    let Some(dir) = dir else { return Ok(io::stdout().write_all(man_page(command)?.as_bytes())?) };
+    let Some(dir) = dir else {
+        return Ok(clap_mangen::Man::new(command).section(MAN_SECTION).render(&mut io::stdout())?);
+    };
     write_man_pages(command, &dir)
 }
 
@@ -155,15 +157,8 @@ fn write_man_pages(command: clap::Command, dir: &Path) -> anyhow::Result<()> {
     for subcommand in command.get_subcommands().cloned() {
         write_man_pages(subcommand, dir)?;
     }
-    let name = command.get_display_name().unwrap_or_else(|| command.get_name()).to_owned();
-    Ok(std::fs::write(dir.join(format!("{name}.{MAN_SECTION}")), man_page(command)?)?)
-}
-
-fn man_page(command: clap::Command) -> anyhow::Result<String> {
-    let mut page = Vec::new();
-    clap_mangen::Man::new(command).section(MAN_SECTION).render(&mut page)?;
-    // It takes other pages to be of section 1.
-    Ok(String::from_utf8(page)?.replace("(1)\n", &format!("({MAN_SECTION})\n")))
+    clap_mangen::Man::new(command).section(MAN_SECTION).generate_to(dir)?;
+    Ok(())
 }
 
 fn read_config(arguments: &Shared) -> Result<Config, ConfigError> {

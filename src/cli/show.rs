@@ -182,7 +182,12 @@ pub(super) fn show_letter(text: &str) -> anyhow::Result<()> {
     let Some(messages) = messages else { return Ok(()) };
     let messages: Vec<&RawValue> = serde_json::from_str(messages.get())?;
     writeln!(out, "messages")?;
-    Ok(messages.iter().try_for_each(|message| writeln!(out, "  {}", table::visible(message.get())))?)
+    Ok(messages.iter().try_for_each(|message| {
+        // Between what JSON is made of, lines and tabs are what they were.
+        let lines =
+            message.get().split('\n').map(|line| line.split('\t').map(table::visible).collect::<Vec<_>>().join("\t"));
+        writeln!(out, "  {}", lines.collect::<Vec<_>>().join("\n"))
+    })?)
 }
 
 /// One thing, a field a line.

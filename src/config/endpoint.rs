@@ -1,6 +1,6 @@
 //! One endpoint: as the config file or a call writes it, and as the relay uses it.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
@@ -156,7 +156,7 @@ impl EndpointWritten {
             signing,
             limits: defaults.limits(rate, self.burst.map(NonZeroU32::get), self.concurrency.map(NonZeroU32::get)),
             max_events: self.max_events.unwrap_or(defaults.max_events),
-            headers: headers(self.headers.iter().flatten())?,
+            headers: self.headers.unwrap_or_default().iter().map(header).collect::<Result<_, _>>()?,
             client_cert,
         })
     }
@@ -250,7 +250,7 @@ impl Entry {
             Some(secret) => secret.as_deref().map(signing_keys).transpose()?,
             None => file.and_then(|file| file.signing.clone()),
         };
-        let headers = headers(self.headers.iter().flatten())?;
+        let headers = self.headers.iter().flatten().map(header).collect::<Result<_, _>>()?;
         let Some(url) = &self.url else { return Ok(None) };
         Ok(Some(Endpoint {
             name,
@@ -361,17 +361,6 @@ pub(super) fn authorities(name: &str, path: &Path) -> Result<Vec<CertificateDer<
         roots.add(cert.clone()).map_err(|error| format!("{name}: {}: {error}", path.display()))?;
     }
     Ok(certs)
-}
-
-fn headers<'a>(
-    given: impl Iterator<Item = (&'a String, &'a String)>,
-) -> Result<Vec<(HeaderName, HeaderValue)>, String> {
-    let headers = given.map(header).collect::<Result<Vec<_>, _>>()?;
-    let mut seen = HashSet::new();
-    match headers.iter().find(|(name, _)| !seen.insert(name)) {
-        Some((twice, _)) => Err(format!("headers: {twice} is there twice")),
-        None => Ok(headers),
-    }
 }
 
 fn header((name, value): (&String, &String)) -> Result<(HeaderName, HeaderValue), String> {

@@ -227,7 +227,7 @@ impl Relay {
                     }
                 }
                 Some(done) = self.attempts.next() => {
-                    // One write notes what all of them came to that end about now.
+                    // Others are about to end: one write notes what came of all of them.
                     tokio::task::yield_now().await;
                     self.take_report(done);
                     while let Some(done) = self.attempts.try_next() {
@@ -244,6 +244,7 @@ impl Relay {
             self.answer_buried();
             self.reap();
             if self.attempts.is_empty()
+                && self.trials.is_empty()
                 && let Some(drained) = self.drain.take()
             {
                 // Nobody waits any more.
@@ -319,6 +320,11 @@ impl Relay {
             cold_reads: Arc::clone(&self.cold_reads),
         };
         self.attempts.start(job);
+        self.reap_later();
+    }
+
+    /// An attempt may leave a connection to be closed.
+    fn reap_later(&mut self) {
         if self.reap_at == 0 {
             self.reap_at = clock::micros() + micros(REAP_EVERY);
         }

@@ -90,6 +90,10 @@ impl Relay {
         let endpoint = self.schedule.endpoint_of(lane);
         let outcome = self.schedule.reported(lane, taken, verdict, moment);
         let (Some(key), Some(endpoint)) = (outcome.lane, endpoint) else { return };
+        if !self.lane_errors.is_empty() && self.schedule.waiting(key) == 0 {
+            // Its place in the table may be another's next.
+            self.lane_errors.remove(&lane);
+        }
         self.count_buried(lane, 0);
         self.metrics.withdrawn.inc_by(u64::from(outcome.withdrawn_late));
         if !outcome.delivered_late.is_empty() {

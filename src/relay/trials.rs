@@ -50,6 +50,10 @@ impl Relay {
             reply.send(Tested::Unknown).ok();
             return;
         };
+        if self.is_draining {
+            // Unanswered: it is stopping.
+            return;
+        }
         if let Err(wait) = self.schedule.take_permit(endpoint, clock::micros()) {
             reply.send(Tested::NotBefore(wait)).ok();
             return;
@@ -64,6 +68,7 @@ impl Relay {
             }],
         });
         let push = Push { id: format!("msg_test_{id:032x}"), attempt: 1, body: Bytes::from(body.to_string()) };
+        self.reap_later();
         let timeout = self.rules.timeout;
         let (logs_attempts, webhook_id) = (self.rules.logs_attempts, push.id.clone());
         self.trials.spawn(async move {
@@ -97,8 +102,9 @@ impl Relay {
             | Verdict::Unread => None,
         };
         let is_its_own = self.targets.get(&endpoint).is_some_and(|now| now.endpoint.url == target.endpoint.url);
-        if let Some(wait) = wait.filter(|wait| is_its_own && !wait.is_zero()) {
-            self.schedule.hold(endpoint, wait, clock::micros());
+        if let Some(wait) = wait.filter(|wait| is_its_own && !wait.is_zero())
+            && self.schedule.hold(endpoint, wait, clock::micros())
+        {
             self.keep_hold(endpoint, wait);
         }
         reply.send(Tested::Made { result: result.as_str(), status: report.status(), took, detail }).ok();

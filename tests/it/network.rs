@@ -130,7 +130,6 @@ fn bad_endpoints_are_refused() {
         json!({ "url": "https://a.example/", "headers": { "webhook-id": "b" } }),
         json!({ "url": "https://a.example/", "headers": { "transfer-encoding": "b" } }),
         json!({ "url": "https://a.example/", "headers": { "Connection": "b" } }),
-        json!({ "url": "https://a.example/", "headers": { "X-A": "1", "x-a": "2" } }),
         json!({ "url": "https://a.example/", "headers": { "x": "a\nb" } }),
         json!({ "url": "https://a.example/", "secret": "short" }),
         json!({ "url": "https://a.example/", "rate_per_second": 0 }),

@@ -148,8 +148,7 @@ impl Endpoint {
             events: 0,
             in_flight: 0,
             window: WINDOW_FIRST,
-            // So that there has been one more than at a mark of 0.
-            successes: 1,
+            successes: 0,
             successes_elsewhere: 0,
             last_success: None,
             held_until: 0,

@@ -130,13 +130,18 @@ impl Schedule {
         self.touch(id, now);
     }
 
-    /// Leaves an endpoint alone for so long at least, as it asked before a restart or an operator's test.
-    pub fn hold(&mut self, name: EndpointName, wait: Duration, now: u64) {
+    /// Leaves an endpoint alone for so long at least, as it asked before a restart, or in answer to an operator's test.
+    /// Says whether that is longer than it was to be already.
+    pub fn hold(&mut self, name: EndpointName, wait: Duration, now: u64) -> bool {
         let id = self.endpoint_id(name);
-        if let Some(endpoint) = self.endpoint_mut(id) {
-            endpoint.held_until = endpoint.held_until.max(now.saturating_add(micros(wait.min(RETRY_AFTER_MAX))));
-        }
+        let until = now.saturating_add(micros(wait.min(RETRY_AFTER_MAX)));
+        let is_longer = self.endpoint_mut(id).is_some_and(|endpoint| {
+            let is_longer = until > endpoint.held_until;
+            endpoint.held_until = endpoint.held_until.max(until);
+            is_longer
+        });
         self.touch(id, now);
+        is_longer
     }
 
     /// Makes all lanes of an endpoint due, and its next probe if it is down; what a 429 or 503 asked for is forgotten.
@@ -266,11 +271,7 @@ impl Schedule {
         lane.state = State::Waiting;
         let endpoint = lane.endpoint;
         let due = now.saturating_add(micros(wait.min(self.rules.delays.longest())));
-        // Where a refusal counted, others had succeeded since the first attempt.
-        let has_counted = retry.refusals.max(retry.singles_refusals) > 0;
-        let successes = self.endpoints.get(endpoint as usize).map_or(0, |endpoint| endpoint.successes);
-        let mark = if has_counted { 0 } else { successes };
-        let retry = Retry { fixed: retry.fixed.min(lane.len), due, mark, ..retry };
+        let retry = Retry { fixed: retry.fixed.min(lane.len), due, ..retry };
         self.lanes.set_retry(lane_id, Some(retry));
         if let Some(endpoint) = self.endpoint_mut(endpoint) {
             // Its entry among the fresh ones is stale now, and skipped when it comes up.

@@ -99,6 +99,7 @@ impl Schedule {
                         let tries = retry.tries.saturating_add(u32::from(!flight.is_outdated));
                         let retry = Retry { fixed, tries, ..retry };
                         self.lanes.set_retry(lane_id, Some(retry));
+                        outcome.deferred = Some(Deferred { head: lane.head, retry, wait: Duration::ZERO });
                     }
                     self.make_ready(lane_id, moment.now);
                 }

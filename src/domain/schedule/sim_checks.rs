@@ -119,11 +119,10 @@ impl Sim {
         };
         let moment = Moment { now: self.now, second: self.now / SECOND, dice: self.rng.f64() };
         let outcome = self.schedule.reported(start.lane, taken as u32, verdict, moment);
-        // Of one that is gone only the attempts are counted.
-        let is_kept = outcome.deferred.is_some() && !self.removed[self.endpoint_of(lane)];
+        let is_delayed = outcome.deferred.is_some_and(|deferred| !deferred.wait.is_zero());
         assert!(
             !is_outdated
-                || (outcome.breaker, outcome.held, is_kept) == (None, None, false)
+                || (outcome.breaker, outcome.held, is_delayed) == (None, None, false)
                 || verdict == Verdict::Delivered
                 || verdict == Verdict::Unread
         );

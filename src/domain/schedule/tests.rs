@@ -157,7 +157,9 @@ fn a_journal_that_cannot_be_read_just_now_changes_nothing_of_a_push_but_when_it_
     let events: Vec<Handle> = (0..2).map(|_| append(&mut schedule, 1, 0, 0, 0)).collect();
     let start = schedule.next(0).unwrap();
     // It was sent, and nobody knows what came of it: both go again together, and only they.
-    schedule.reported(start.lane, 2, Verdict::Again, at(0));
+    let outcome = schedule.reported(start.lane, 2, Verdict::Again, at(0));
+    let kept = outcome.deferred.map(|deferred| (deferred.retry.fixed, deferred.retry.tries, deferred.wait));
+    assert_eq!(kept, Some((2, 1, Duration::ZERO)), "also after a restart");
     append(&mut schedule, 1, 0, 0, 0);
     let mut now = 0;
     for _ in 0..3 {

@@ -23,7 +23,7 @@ pub struct EndpointView {
     pub is_paused: bool,
     /// When its oldest event was accepted, Unix seconds.
     pub oldest: Option<u32>,
-    /// Microseconds in which an attempt was due and the rate forbade it.
+    /// Microseconds for which the rate forbade an attempt that was due when that began.
     pub rate_limited: u64,
 }
 

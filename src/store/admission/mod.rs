@@ -163,8 +163,7 @@ impl Admission {
         };
         let (after, changes) = self.hear(event.plugin, &event.web_token, &event.hearing, now_s);
         let verdict = gate::decide(event.question(true), &after, self.rules.require_h5push);
-        let waiting = self.waiting_by_endpoint.get(&endpoint).copied().unwrap_or(0);
-        if verdict.is_ok() && waiting >= events_max {
+        if verdict.is_ok() && self.is_full(endpoint, events_max) {
             // What it says of its customer holds all the same (contract §3), unless the answer is an error.
             if !is_alone {
                 self.remember(changes, request);
@@ -208,12 +207,16 @@ impl Admission {
         if self.waiting >= self.rules.events_max {
             return Err(Refusal::OutboxFull);
         }
-        if self.waiting_by_endpoint.get(&endpoint).is_some_and(|count| *count >= events_max) {
+        if self.is_full(endpoint, events_max) {
             return Ok(None);
         }
         let (mut request, ticket) = self.begin();
         self.append(&mut request, key, event);
         Ok(self.stage(request, ticket, false))
+    }
+
+    fn is_full(&self, endpoint: EndpointName, events_max: u64) -> bool {
+        self.waiting_by_endpoint.get(&endpoint).copied().unwrap_or(0) >= events_max
     }
 
     /// Stages a setting.

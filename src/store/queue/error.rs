@@ -35,13 +35,14 @@ impl QueueError {
 
     /// Whether this process may not, or cannot just now, open a file: that says nothing of what is in it.
     pub(in crate::store) fn is_of_this_process(&self) -> bool {
-        use std::io::ErrorKind::{OutOfMemory, PermissionDenied, ReadOnlyFilesystem};
+        use std::io::ErrorKind::{OutOfMemory, PermissionDenied, ReadOnlyFilesystem, WouldBlock};
         match self {
             QueueError::Sled(sled::Error::Io(error)) | QueueError::Sync(error) => {
                 let has_no_descriptor = [rustix::io::Errno::MFILE, rustix::io::Errno::NFILE]
                     .iter()
                     .any(|errno| error.raw_os_error() == Some(errno.raw_os_error()));
-                has_no_descriptor || matches!(error.kind(), OutOfMemory | PermissionDenied | ReadOnlyFilesystem)
+                has_no_descriptor
+                    || matches!(error.kind(), OutOfMemory | PermissionDenied | ReadOnlyFilesystem | WouldBlock)
             }
             QueueError::Sled(_) | QueueError::Panicked(_) | QueueError::Hung | QueueError::Damaged(_) => false,
         }
@@ -77,6 +78,8 @@ mod tests {
         let cases = [
             (Errno::ACCESS, true),
             (Errno::PERM, true),
+            // No thread for it, or its lock is held.
+            (Errno::AGAIN, true),
             (Errno::MFILE, true),
             (Errno::NFILE, true),
             (Errno::NOMEM, true),
