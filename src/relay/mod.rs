@@ -227,8 +227,6 @@ impl Relay {
                     }
                 }
                 Some(done) = self.attempts.next() => {
-                    // Others are about to end: one write notes what came of all of them.
-                    tokio::task::yield_now().await;
                     self.take_report(done);
                     while let Some(done) = self.attempts.try_next() {
                         self.take_report(done);
