@@ -41,6 +41,8 @@ impl Attempts {
             Some(idle) => idle.send(job).err(),
         };
         if let Some(job) = job {
+            // One that has ended keeps its memory until it is joined, and a drain ends and begins thousands a second.
+            self.reap();
             self.tasks.spawn(work(job, self.report.clone()));
         }
     }
