@@ -86,3 +86,56 @@ async fn work(mut job: Job, report: mpsc::UnboundedSender<(Done, Idle)>) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    use tokio::sync::Semaphore;
+
+    use super::*;
+    use crate::config::Config;
+    use crate::domain::keys::HashKey;
+    use crate::domain::push::PushBounds;
+    use crate::relay::attempt::Stage;
+    use crate::relay::{Network, Rules};
+
+    /// A drain over many endpoints begins more at once than are kept, again and again.
+    #[tokio::test]
+    async fn tasks_that_have_ended_are_not_heaped_up() {
+        let config = Config::parse("[endpoints.12]\nurl = \"http://127.0.0.1:9/\"", Path::new("test.toml")).unwrap();
+        let endpoint = config.endpoints.values().next().unwrap().clone();
+        let name = endpoint.name;
+        let target = Arc::new(Network::new(&[], 1).unwrap().target(endpoint, &Arc::new(config.url_rule)));
+        let bounds = PushBounds { messages_max: 1, bytes_max: 1 };
+        let rules = Arc::new(Rules { timeout: Duration::ZERO, bounds, logs_attempts: false });
+        let room = Arc::new(Semaphore::new(1));
+        let mut attempts = Attempts::new();
+        for _ in 0..10 {
+            for lane in 0..4 * IDLE_MAX as u32 {
+                attempts.start(Job {
+                    lane,
+                    key: None,
+                    endpoint: name,
+                    events: Vec::new(),
+                    is_fixed: false,
+                    attempt: 1,
+                    target: Arc::clone(&target),
+                    is_on_new: false,
+                    stage: Arc::new(Stage::new(name)),
+                    hashing: HashKey([0; 16]),
+                    rules: Arc::clone(&rules),
+                    bodies: Arc::clone(&room),
+                    cold_reads: Arc::clone(&room),
+                });
+            }
+            while !attempts.is_empty() {
+                attempts.next().await.unwrap();
+            }
+        }
+        assert_eq!(attempts.idle.len(), IDLE_MAX);
+        assert!(attempts.tasks.len() < 8 * IDLE_MAX, "{} tasks", attempts.tasks.len());
+    }
+}

@@ -303,3 +303,13 @@ fn without_a_survey_url_surveys_are_an_error() {
     let path = format!("{SURVEY}?im_sub_session_id=1&option_id=1");
     assert_eq!(request(relay.local, "POST", &path, &[], b"").json()["code"], 2_000);
 }
+
+#[test]
+fn a_survey_finds_no_room_where_nothing_may_wait() {
+    let receiver = Receiver::start();
+    let survey = format!("[im_server]\nsurvey_url = \"http://{}/\"\n[defaults]\nmax_events = 0\n", receiver.address);
+    let relay = Relay::start(&config(receiver.address, &survey));
+    let path = format!("{SURVEY}?im_sub_session_id=1&option_id=1");
+    assert_eq!(request(relay.local, "POST", &path, &[], b"").json()["code"], 5_000);
+    relay.wait_metric("h5push_surveys_total", &[("outcome", "refused")], |count| count == 1.0);
+}

@@ -135,6 +135,21 @@ fn what_another_address_failed_with_is_not_shown_as_this_ones() {
 }
 
 #[test]
+fn what_withdrawn_events_failed_with_is_not_shown_as_later_ones() {
+    let receiver = Receiver::start();
+    receiver.answer_status(500);
+    let relay = Relay::start(&config(receiver.address, "[backoff]\ninitial = \"1h\"\nmax = \"1h\"\n"));
+    let lane = || relay.done("GET", "/v1/lanes?web_token=a", &NOTHING)["lanes"][0].clone();
+    relay.queue(&event("a", "m0"));
+    wait_until("the error", || lane()["last_error"] == "status 500");
+    relay.done("POST", "/v1/endpoints/12/pause", &NOTHING);
+    assert_eq!(relay.done("DELETE", "/v1/customers?web_token=a&im_web_plugin_id=12", &NOTHING)["withdrawn"], 1);
+    relay.queue(&event("a", "m1"));
+    wait_until("the next event", || lane()["events"] == 1);
+    assert_eq!(lane()["last_error"], NOTHING);
+}
+
+#[test]
 fn retry_makes_every_lane_due_at_once() {
     let receiver = Receiver::start();
     receiver.answer_status(500);

@@ -54,3 +54,16 @@ fn what_a_receiver_asks_for_in_answer_to_a_test_holds() {
     receiver.wait_delivered(1);
     assert!(begun.elapsed() >= Duration::from_secs(2), "{:?}", begun.elapsed());
 }
+
+#[test]
+fn a_stop_waits_for_a_test_that_is_under_way() {
+    let receiver = Receiver::start();
+    let mut relay = Relay::start(&config(receiver.address, ""));
+    receiver.answer(|_| Answer::After(Duration::from_secs(1), 200));
+    let local = relay.local;
+    let caller = std::thread::spawn(move || request(local, "POST", "/v1/endpoints/12/test", &[], b"").json());
+    receiver.wait("the test", |pushes| !pushes.is_empty());
+    relay.signal("TERM");
+    assert_eq!(caller.join().unwrap()["result"], "ok");
+    assert_eq!(relay.wait().code(), Some(0));
+}
