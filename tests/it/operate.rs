@@ -135,17 +135,18 @@ fn what_another_address_failed_with_is_not_shown_as_this_ones() {
 }
 
 #[test]
-fn what_withdrawn_events_failed_with_is_not_shown_as_later_ones() {
+fn what_a_withdrawn_customers_push_failed_with_is_not_shown_as_anothers() {
     let receiver = Receiver::start();
-    receiver.answer_status(500);
-    let relay = Relay::start(&config(receiver.address, "[backoff]\ninitial = \"1h\"\nmax = \"1h\"\n"));
-    let lane = || relay.done("GET", "/v1/lanes?web_token=a", &NOTHING)["lanes"][0].clone();
+    receiver.answer(|_| Answer::After(Duration::from_millis(300), 500));
+    let relay = Relay::start(&config(receiver.address, ""));
     relay.queue(&event("a", "m0"));
-    wait_until("the error", || lane()["last_error"] == "status 500");
+    receiver.wait_open();
     relay.done("POST", "/v1/endpoints/12/pause", &NOTHING);
-    assert_eq!(relay.done("DELETE", "/v1/customers?web_token=a&im_web_plugin_id=12", &NOTHING)["withdrawn"], 1);
-    relay.queue(&event("a", "m1"));
-    wait_until("the next event", || lane()["events"] == 1);
+    relay.done("DELETE", "/v1/customers?web_token=a&im_web_plugin_id=12", &NOTHING);
+    wait_until("the error", || relay.endpoint("12")["last_error"] == "status 500");
+    relay.queue(&event("b", "m0"));
+    let lane = || relay.done("GET", "/v1/lanes?web_token=b", &NOTHING)["lanes"][0].clone();
+    wait_until("its event", || lane()["events"] == 1);
     assert_eq!(lane()["last_error"], NOTHING);
 }
 

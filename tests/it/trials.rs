@@ -56,14 +56,16 @@ fn what_a_receiver_asks_for_in_answer_to_a_test_holds() {
 }
 
 #[test]
-fn a_stop_waits_for_a_test_that_is_under_way() {
-    let receiver = Receiver::start();
-    let mut relay = Relay::start(&config(receiver.address, ""));
-    receiver.answer(|_| Answer::After(Duration::from_secs(1), 200));
-    let local = relay.local;
-    let caller = std::thread::spawn(move || request(local, "POST", "/v1/endpoints/12/test", &[], b"").json());
-    receiver.wait("the test", |pushes| !pushes.is_empty());
-    relay.signal("TERM");
-    assert_eq!(caller.join().unwrap()["result"], "ok");
-    assert_eq!(relay.wait().code(), Some(0));
+fn a_stop_waits_for_a_test_that_is_under_way_and_then_gives_it_up() {
+    for (wait, status) in [(Duration::from_millis(500), 200), (PATIENCE, 503)] {
+        let receiver = Receiver::start();
+        let mut relay = Relay::start(&format!("shutdown_timeout = \"2s\"\n{}", config(receiver.address, "")));
+        receiver.answer(move |_| Answer::After(wait, 200));
+        let local = relay.local;
+        let caller = std::thread::spawn(move || request(local, "POST", "/v1/endpoints/12/test", &[], b""));
+        receiver.wait_open();
+        relay.signal("TERM");
+        assert_eq!(caller.join().unwrap().status, status);
+        assert_eq!(relay.wait().code(), Some(0));
+    }
 }

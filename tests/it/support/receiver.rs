@@ -109,6 +109,11 @@ impl Receiver {
         self.state.pushes.lock().unwrap().clone()
     }
 
+    /// Waits until a push is read and not yet answered.
+    pub fn wait_open(&self) {
+        super::wait_until("a push is under way", || self.state.open.load(Ordering::SeqCst) > 0);
+    }
+
     /// Most pushes that were read and not yet answered at any time.
     pub fn open_at_most(&self) -> usize {
         self.state.open_at_most.load(Ordering::SeqCst)
