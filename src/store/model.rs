@@ -2,6 +2,7 @@
 
 mod damaged;
 mod ended;
+mod names;
 mod seen;
 
 use std::collections::BTreeMap;

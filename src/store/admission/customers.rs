@@ -122,6 +122,13 @@ impl Admission {
         hearing: &Hearing,
         missing: &mut HashSet<StateKey>,
     ) {
+        let former: Vec<(NameKind, String)> = match self.cache.get(&StateKey::Customer(plugin, web_token.to_owned())) {
+            Some(StateValue::Customer(Some(customer))) => {
+                let former = |kind| customer.name(kind).map(|name| (kind, name.to_owned()));
+                names(hearing).filter_map(|(kind, _)| former(kind)).collect()
+            }
+            Some(StateValue::Customer(None) | StateValue::Name(_)) | None => Vec::new(),
+        };
         // What a name stands for, if it is here.
         let mut need = |key: StateKey| match self.cache.get(&key) {
             Some(StateValue::Name(holder)) => holder.clone(),
@@ -132,6 +139,9 @@ impl Admission {
             }
         };
         need(StateKey::Customer(plugin, web_token.to_owned()));
+        for (kind, name) in former {
+            need(StateKey::Name(kind, plugin, name));
+        }
         for (kind, name) in names(hearing) {
             let holder = need(StateKey::Name(kind, plugin, name.to_owned()));
             if let Some(other) = holder.filter(|holder| holder != web_token) {
@@ -155,21 +165,26 @@ impl Admission {
         // In such an order that a crash in the middle leaves everybody to be found by the name that was acknowledged.
         let mut changes = Vec::new();
         let mut former = Vec::new();
+        let mut bereft: Vec<Customer> = Vec::new();
         for (kind, name) in names(hearing) {
-            if base.name(kind) == Some(name) {
+            let holder = self.holder(kind, plugin, name);
+            if holder.as_deref() == Some(web_token) && base.name(kind) == Some(name) {
                 continue;
             }
-            former.extend(base.name(kind).map(|old| name_change(kind, plugin, old, None)));
-            let holder = match self.cache.get(&StateKey::Name(kind, plugin, name.to_owned())) {
-                Some(StateValue::Name(holder)) => holder.clone(),
-                Some(StateValue::Customer(_)) | None => None,
-            };
-            if let Some(holder) = holder.filter(|holder| holder != web_token)
-                && let Some(mut other) = self.known(plugin, &holder, now_s)
-                && other.name(kind) == Some(name)
-            {
-                other.set_name(kind, None);
-                changes.push(StateChange::PutCustomer(other));
+            let old = base.name(kind).filter(|old| *old != name);
+            // It may have gone to another one since this customer was heard of last.
+            let old = old.filter(|old| self.holder(kind, plugin, old).as_deref() == Some(web_token));
+            former.extend(old.map(|old| name_change(kind, plugin, old, None)));
+            if let Some(holder) = holder.filter(|holder| holder != web_token) {
+                // Who loses both names loses the second as one who has lost the first.
+                let known = bereft.iter().find(|other| other.web_token == holder).cloned();
+                if let Some(mut other) = known.or_else(|| self.known(plugin, &holder, now_s))
+                    && other.name(kind) == Some(name)
+                {
+                    other.set_name(kind, None);
+                    changes.push(StateChange::PutCustomer(other.clone()));
+                    bereft.push(other);
+                }
             }
             changes.push(name_change(kind, plugin, name, Some(web_token.to_owned())));
         }
@@ -178,6 +193,14 @@ impl Admission {
         }
         changes.extend(former);
         (after, changes)
+    }
+
+    /// Who is found by a name; the row is in the cache.
+    fn holder(&mut self, kind: NameKind, plugin: Plugin, name: &str) -> Option<String> {
+        match self.cache.get(&StateKey::Name(kind, plugin, name.to_owned())) {
+            Some(StateValue::Name(holder)) => holder.clone(),
+            Some(StateValue::Customer(_)) | None => None,
+        }
     }
 
     /// Applies changes to the cache and stages them.

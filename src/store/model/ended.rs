@@ -1,4 +1,4 @@
-//! What is known of events and names after they have ended or changed hands.
+//! What is known of events after they have ended.
 
 use super::*;
 
@@ -25,22 +25,6 @@ fn what_was_recorded_of_an_event_outlives_a_withdrawal_before_it() {
         let fate = store.fate(store.hashing().given_event(Plugin::NONE, &id), 1_000).unwrap().unwrap();
         assert_eq!(fate.ended.map(|(ending, _)| ending), Some(Ending::Delivered), "{id}");
     }
-}
-
-#[test]
-fn who_is_forgotten_takes_no_name_along_that_has_gone_to_another() {
-    let dir = tempfile::tempdir().unwrap();
-    let mut play = Play::new(1, dir.path().to_owned(), |_| ());
-    let store = play.store();
-    let named = Hearing { customer_token: Some("n".to_owned()), ..Hearing::default() };
-    let now = crate::clock::wall_ms() / 1_000;
-    let then = now - 2 * options(dir.path()).rules.forget_after_s;
-    play.wait_for(store.change_customer(Plugin::NONE, "former", &named, false, then)).unwrap();
-    // The former one has not been heard of for so long that it is as good as forgotten.
-    play.wait_for(store.change_customer(Plugin::NONE, "holder", &named, false, now)).unwrap();
-    play.wait_for(store.forget(Some(Plugin::NONE), "former", now)).unwrap();
-    let holder = store.customer_named(NameKind::Customer, Plugin::NONE, "n").unwrap();
-    assert_eq!(holder.as_deref(), Some("holder"));
 }
 
 #[test]
