@@ -203,13 +203,16 @@ impl Api {
         Some((now, view))
     }
 
-    /// Whether it accepts: listeners up, store open, disk above the floor.
+    /// Whether it accepts: listeners up, store open, disk above the floor and writable.
     fn is_ready(&self) -> Result<(), &'static str> {
         if !self.is_up.load(Ordering::SeqCst) {
             return Err("starting or stopping");
         }
         if self.store.is_disk_low() {
             return Err("the disk is nearly full");
+        }
+        if self.store.is_failing() {
+            return Err("the store cannot be written");
         }
         Ok(())
     }

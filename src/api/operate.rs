@@ -16,6 +16,7 @@ use crate::domain::keys::LaneKey;
 use crate::domain::schedule::Pauses;
 use crate::json;
 use crate::relay::{Command, LaneShown, Tested};
+use crate::store::Refusal;
 
 /// Settings of the store that are pauses begin with this.
 const PREFIX: &str = "pauses/";
@@ -135,6 +136,7 @@ pub(super) async fn bury(api: &Api, body: &[u8]) -> Result<Answer, ApiError> {
     let first_only = bury.first_only;
     let command = |reply| Command::Bury { endpoint, keys, first_only, reply };
     let buried = api.ask_patiently(command, BURY_LIMIT).await.ok_or_else(busy)?;
+    let buried = buried.ok_or(Refusal::DiskLow)?;
     tracing::info!(%endpoint, buried, "events given up by a call");
     Ok(answer::json(StatusCode::OK, &Buried { buried }))
 }

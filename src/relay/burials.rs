@@ -78,7 +78,7 @@ pub(super) struct BuryWaiter {
     lanes: HashSet<LaneId>,
     /// Events that did.
     buried: u64,
-    reply: oneshot::Sender<u64>,
+    reply: oneshot::Sender<Option<u64>>,
 }
 
 impl Relay {
@@ -132,7 +132,7 @@ impl Relay {
         endpoint: EndpointName,
         keys: Option<Vec<LaneKey>>,
         first_only: bool,
-        reply: oneshot::Sender<u64>,
+        reply: oneshot::Sender<Option<u64>>,
     ) {
         let lanes: Vec<LaneId> = match keys {
             Some(keys) => keys.into_iter().filter_map(|key| self.schedule.lane_id(key)).collect(),
@@ -158,7 +158,11 @@ impl Relay {
     /// Answers those who gave something up, when all of it is dead letters or was delivered.
     pub(super) fn answer_buried(&mut self) {
         for waiter in self.bury_waiters.extract_if(.., |waiter| waiter.lanes.is_empty()) {
-            waiter.reply.send(waiter.buried).ok();
+            waiter.reply.send(Some(waiter.buried)).ok();
+        }
+        if self.is_draining && self.burying.is_empty() {
+            // Nothing more becomes dead letters: unanswered, it is stopping.
+            self.bury_waiters.clear();
         }
     }
 
@@ -177,6 +181,10 @@ impl Relay {
         if end != BurialEnd::Done {
             if end == BurialEnd::Unread {
                 *self.unread.entry(burial.lane).or_default() += 1;
+            } else {
+                for waiter in self.bury_waiters.extract_if(.., |waiter| waiter.lanes.contains(&burial.lane)) {
+                    waiter.reply.send(None).ok();
+                }
             }
             self.schedule.not_buried(&burial);
             self.bury_not_before = now + micros(BURY_AGAIN);

@@ -49,8 +49,9 @@ pub enum Command {
         keys: Option<Vec<LaneKey>>,
         /// Only the first event of each.
         first_only: bool,
-        /// Answered with how many events, when that is done.
-        reply: oneshot::Sender<u64>,
+        /// Answered with how many events, when that is done; `None`: not all of it can be stored just now, and the rest is
+        /// done when it can.
+        reply: oneshot::Sender<Option<u64>>,
     },
     /// An endpoint is paused, or goes on.
     Pause {

@@ -50,8 +50,15 @@ impl Inner {
                 break;
             }
             match self.write_durably(&requests) {
-                Ok(written) => self.publish(requests, written),
+                Ok(written) => {
+                    // One that only waits for what was written before says nothing of that.
+                    if requests.iter().any(|request| !request.staged.is_empty()) {
+                        self.is_failing.store(false, Ordering::Relaxed);
+                    }
+                    self.publish(requests, written);
+                }
                 Err(error) => {
+                    self.is_failing.store(true, Ordering::Relaxed);
                     self.failed("append", &error);
                     lock(&self.admission).fail(requests, Refusal::DiskLow);
                     self.fates.send_replace(());
@@ -87,7 +94,11 @@ impl Inner {
             let (begun, written) = {
                 let mut writer = lock(&self.writer);
                 let records = requests.iter().map(|request| request.staged.len()).sum();
-                let begun = if writer.wants_roll(records) { Some(self.roll(&mut writer)?) } else { None };
+                let is_removed = records > 0 && writer.is_removed();
+                if is_removed {
+                    self.failed("append", &"the segment's file was removed: what is in it goes with this process");
+                }
+                let begun = if is_removed || writer.wants_roll(records) { Some(self.roll(&mut writer)?) } else { None };
                 (begun, writer.write_group(requests))
             };
             // With the lock released: the relay may be waiting for it while its channel is full.

@@ -153,6 +153,12 @@ impl Writer {
         self.active.as_ref().is_none_or(|active| records > 0 && is_full(active) || is_overfull(active))
     }
 
+    /// Whether somebody has removed the active segment's file.
+    pub(super) fn is_removed(&self) -> bool {
+        let links = |active: &Active| rustix::fs::fstat(&active.file).map_or(1, |stat| stat.st_nlink);
+        self.active.as_ref().is_some_and(|active| links(active) == 0)
+    }
+
     /// Seals the active segment and begins the next.
     ///
     /// # Errors

@@ -76,6 +76,7 @@ pub use self::reader::{Reader, Stored};
 pub use self::recover::OpenError;
 use self::segments::Segments;
 pub use self::verify::{VerifiedFile, verify};
+use crate::clock;
 use crate::domain::endpoint::EndpointName;
 use crate::domain::keys::{EventKey, HashKey};
 use crate::metrics::StoreMetrics;
@@ -124,6 +125,9 @@ pub struct Fate {
     pub ended: Option<(Ending, u64)>,
 }
 
+/// How often one and the same error of the store is logged.
+const SAID_AGAIN: Duration = Duration::from_secs(10);
+
 /// What the threads of the store share.
 #[derive(Debug)]
 struct Inner {
@@ -151,6 +155,10 @@ struct Inner {
     /// Moves whenever a group is durable or has failed.
     fates: watch::Sender<()>,
     metrics: StoreMetrics,
+    /// The last group could not be written.
+    is_failing: AtomicBool,
+    /// Of each kind of error, when it was logged last and what it said.
+    said: Mutex<BTreeMap<&'static str, (Duration, String)>>,
     is_ending: AtomicBool,
     /// Ends without a last checkpoint, as a crash does: for tests.
     is_crashing: AtomicBool,
@@ -282,6 +290,12 @@ impl Store {
         lock(&self.inner.admission).is_disk_low
     }
 
+    /// Whether what came last could not be stored, and the disk takes nothing yet.
+    #[must_use]
+    pub fn is_failing(&self) -> bool {
+        self.inner.is_failing.load(Ordering::Relaxed)
+    }
+
     /// Bytes of the data directory's files.
     #[must_use]
     pub fn bytes(&self) -> u64 {
@@ -349,7 +363,12 @@ impl Inner {
 
     fn failed(&self, op: &'static str, error: &dyn std::fmt::Display) {
         self.metrics.errors.with_label_values(&[op]).inc();
-        tracing::error!(op, %error, "the store failed");
+        let (now, error) = (clock::monotonic(), error.to_string());
+        let mut said = lock(&self.said);
+        if said.get(op).is_none_or(|(at, before)| *before != error || now.saturating_sub(*at) >= SAID_AGAIN) {
+            tracing::error!(op, error, "the store failed");
+            said.insert(op, (now, error));
+        }
     }
 
     fn queue_failed(&self, op: &'static str, error: &QueueError) -> Refusal {

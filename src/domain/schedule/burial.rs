@@ -48,7 +48,14 @@ impl Schedule {
         match lane.state {
             // Emptied by a withdrawal: it leaves its queue when its turn comes.
             State::Ready | State::Waiting if count == 0 => 0,
-            State::Free | State::Burying => 0,
+            State::Free => 0,
+            State::Burying => match self.burying.get_mut(&lane_id) {
+                Some(burying) => {
+                    burying.then = burying.then.max(count.saturating_sub(burying.left));
+                    count
+                }
+                None => 0,
+            },
             State::Ready | State::Waiting => {
                 self.begin_burying(lane_id, count, DeathReason::Buried);
                 count

@@ -298,6 +298,28 @@ fn a_removed_endpoint_gives_its_events_up_in_steps() {
 }
 
 #[test]
+fn a_lane_is_given_up_once_more_while_it_is_being_given_up() {
+    let mut schedule = one_endpoint(rules(), Limits { rate_per_second: 1e6, burst: 1_000, concurrency: 6 });
+    for _ in 0..3 {
+        append(&mut schedule, 1, 0, 0, 0);
+    }
+    let lane = schedule.lane_id(LaneKey(1)).unwrap();
+    assert_eq!(schedule.bury(lane, true), 1);
+    let first = schedule.next_bury().unwrap();
+    schedule.not_buried(&first);
+    assert_eq!(schedule.bury(lane, true), 1, "it waits for the same one");
+    append(&mut schedule, 1, 0, 0, 0);
+    assert_eq!(schedule.bury(lane, false), 4);
+    let mut buried = Vec::new();
+    while let Some(burial) = schedule.next_bury() {
+        buried.push(burial.events.len());
+        schedule.buried(&burial, 0);
+    }
+    assert_eq!(buried, [1, 3]);
+    assert!(!schedule.is_burying(lane) && schedule.waiting(LaneKey(1)) == 0);
+}
+
+#[test]
 fn what_is_given_up_at_one_endpoint_does_not_wait_for_a_large_burial_at_another() {
     let mut schedule = one_endpoint(rules(), limits());
     schedule.put_endpoint(name(1), limits(), 0);

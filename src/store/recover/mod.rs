@@ -172,6 +172,8 @@ impl Store {
             rows_turn: tokio::sync::Mutex::default(),
             notices,
             fates: watch::Sender::new(()),
+            is_failing: AtomicBool::new(false),
+            said: Mutex::default(),
             is_ending: AtomicBool::new(false),
             is_crashing: AtomicBool::new(false),
             free_bytes: AtomicU64::new(free),
