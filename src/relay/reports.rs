@@ -32,9 +32,6 @@ impl Relay {
                 self.metrics.delivery_seconds.observe(seconds);
             }
         }
-        if done.verdict == Verdict::Damaged {
-            self.store.damaged("journal");
-        }
         if done.verdict == Verdict::Again && done.result.is_some() {
             self.broken.insert(done.lane);
         }

@@ -178,7 +178,8 @@ fn set_aside(dir: &Path, damaged: &Path) -> std::io::Result<()> {
     for entry in std::fs::read_dir(dir)? {
         let entry = entry?;
         if entry.file_name().to_string_lossy().starts_with("queue.damaged-") {
-            std::fs::remove_dir_all(entry.path())?;
+            let is_dir = entry.file_type()?.is_dir();
+            if is_dir { std::fs::remove_dir_all(entry.path())? } else { std::fs::remove_file(entry.path())? }
         }
     }
     std::fs::rename(damaged, dir.join(format!("queue.damaged-{}", clock::wall_ms())))

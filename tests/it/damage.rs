@@ -62,6 +62,9 @@ fn delivered_after(harm: &str, is_clean: bool) -> Vec<String> {
     // A newest segment that is not its own is taken for one that was never written; nothing of it is missed.
     let (counted, said) = if harm == "doubled" { ("torn_tail", " WARN ") } else { ("journal", " ERROR ") };
     let damage = relay.metric("h5push_store_damage_total", &[("what", counted)]);
+    if harm == "flipped" {
+        assert_eq!(damage, 1.0, "{what}: one record");
+    }
     assert!(damage > 0.0, "{what}: not counted: {}", relay.log());
     assert!(relay.log().contains(said), "{what}: not said: {}", relay.log());
     let delivered = receiver.delivered_ids();
@@ -137,4 +140,46 @@ fn a_harmed_log_of_the_customers_is_counted_once_and_written_anew() {
     assert!((CUSTOMERS / 2 - 2..=CUSTOMERS / 2).contains(&first), "{kept:?}");
     assert!(kept[0][first..].iter().all(|is_off| !is_off), "{kept:?}");
     assert_eq!(kept[0], kept[1]);
+}
+
+#[test]
+fn nothing_is_accepted_into_files_that_were_removed() {
+    let receiver = Receiver::start();
+    receiver.answer_status(500);
+    let text = config(receiver.address, "[backoff]\ninitial = \"20ms\"\nmax = \"100ms\"\n");
+    let relay = Relay::start(&text);
+    relay.queue(&event("a", "gone"));
+    for segment in segments(&relay) {
+        std::fs::remove_file(segment).unwrap();
+    }
+    relay.queue(&event("a", "kept"));
+    assert_eq!(relay.metric("h5push_store_errors_total", &[("op", "append")]), 1.0);
+    let relay = Relay::start_in(relay.kill(), &text);
+    receiver.answer_status(200);
+    assert_eq!(receiver.wait_delivered(1), ["kept"]);
+    std::fs::remove_dir_all(relay.data_dir()).unwrap();
+    let refused = relay.post(&event("a", "refused"));
+    assert_eq!((refused.status, refused.code().as_str()), (503, "disk_low"));
+    assert_eq!(get(relay.metrics, "/readyz").status, 503);
+}
+
+#[test]
+fn a_queue_is_set_aside_over_whatever_was_before() {
+    let receiver = Receiver::start();
+    let text = config(receiver.address, "");
+    let relay = Relay::start(&text);
+    relay.queue(&event("a", "m0"));
+    let mut dir = relay.stop();
+    for harm in ["a file in its place", "a file of its own"] {
+        let queue = dir.path().join("data/queue");
+        if harm == "a file in its place" {
+            std::fs::remove_dir_all(&queue).unwrap();
+            std::fs::write(&queue, b"").unwrap();
+        } else {
+            std::fs::write(queue.join("db"), b"none of sled's").unwrap();
+        }
+        let relay = Relay::start_in(dir, &text);
+        assert_eq!(relay.metric("h5push_store_damage_total", &[("what", "queue")]), 1.0, "{harm}");
+        dir = relay.stop();
+    }
 }
