@@ -62,12 +62,6 @@ impl Delays {
         self.steps.get(step).copied().unwrap_or_default().mul_f64(factor.max(0.0))
     }
 
-    /// The longest wait there can be.
-    #[must_use]
-    pub fn longest(&self) -> Duration {
-        self.delay(u32::MAX, 1.0)
-    }
-
     /// The table without chance, for people.
     #[must_use]
     pub fn steps(&self) -> &[Duration] {
@@ -94,7 +88,7 @@ mod tests {
             assert!((delays.delay(n, 1.0).as_secs_f64() - expected * 1.5).abs() < 1e-6);
         }
         assert_eq!(delays.steps().len(), 10);
-        assert_eq!(delays.longest(), Duration::from_secs(450));
+        assert_eq!(delays.delay(u32::MAX, 1.0), Duration::from_secs(450));
     }
 
     #[test]

@@ -20,12 +20,14 @@ pub fn holds(settings: &BTreeMap<String, String>, endpoints: &Endpoints) -> Vec<
     let now_ms = clock::wall_ms();
     let read = |(key, value): (&String, &String)| {
         let name = EndpointName::any(key.strip_prefix(PREFIX)?).ok()?;
-        let (until, url) = value.split_once(' ')?;
+        let (times, url) = value.split_once(' ')?;
         if url != mark(endpoints.get(&name)?.as_ref()?) {
             return None;
         }
+        let (until, wait) = times.split_once('/')?;
         let left_ms = until.parse::<u64>().ok()?.checked_sub(now_ms).filter(|left| *left > 0)?;
-        Some((name, Duration::from_millis(left_ms)))
+        // Never longer than it was asked for: the clock may have been set back.
+        Some((name, Duration::from_millis(left_ms.min(wait.parse().ok()?))))
     };
     settings.iter().filter_map(read).collect()
 }
@@ -34,8 +36,9 @@ impl Relay {
     /// Remembers that an endpoint is to be left alone for so long.
     pub(super) fn keep_hold(&self, name: EndpointName, wait: Duration) {
         if let Some(target) = self.targets.get(&name).filter(|_| wait >= KEPT_MIN) {
-            let until_ms = clock::wall_ms().saturating_add(u64::try_from(wait.as_millis()).unwrap_or(u64::MAX));
-            self.store.note_setting(&key(name), Some(format!("{until_ms} {}", mark(&target.endpoint))));
+            let wait_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
+            let until_ms = clock::wall_ms().saturating_add(wait_ms);
+            self.store.note_setting(&key(name), Some(format!("{until_ms}/{wait_ms} {}", mark(&target.endpoint))));
         }
         if wait >= SAID_MIN {
             tracing::info!(endpoint = %name, seconds = wait.as_secs(), "the receiver asks to be left alone");

@@ -21,14 +21,7 @@ impl Faulty {
     /// `None`, said aloud, where it cannot be compiled.
     pub fn new() -> Option<Faulty> {
         let dir = Arc::new(tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap());
-        let library = dir.path().join("faulty.so");
-        let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/faulty_disk.c");
-        let compiled =
-            Command::new("cc").args(["-O1", "-shared", "-fPIC", "-o"]).arg(&library).args([source, "-ldl"]).status();
-        if !compiled.is_ok_and(|status| status.success()) {
-            eprintln!("SKIPPED: a faulty disk: no C compiler");
-            return None;
-        }
+        let library = preload("faulty_disk.c", dir.path())?;
         let how = dir.path().join("how");
         let environment =
             vec![("LD_PRELOAD", library), ("FAULTY_DIR", dir.path().join("data")), ("FAULTY_HOW", how.clone())];
@@ -118,6 +111,50 @@ fn a_disk_that_cannot_be_written_refuses_and_delivers_what_it_holds() {
     // What has been delivered is written down right after it is counted.
     std::thread::sleep(Duration::from_millis(100));
     assert_eq!(delivered_after_a_kill(relay, &receiver, &text, 4), ["m0", "m1", "m2", "m3"], "none twice");
+}
+
+#[test]
+fn a_burial_that_cannot_be_stored_is_said_and_comes_later() {
+    let Some(disk) = Faulty::new() else { return };
+    let receiver = Receiver::start();
+    receiver.answer_status(500);
+    let relay = disk.start(&config(receiver.address, "[backoff]\ninitial = \"1h\"\nmax = \"1h\"\n"));
+    for number in 0..2 {
+        relay.queue(&event("a", &format!("m{number}")));
+    }
+    receiver.wait_pushes(1);
+    let readiness = || get(relay.metrics, "/readyz").status;
+    assert_eq!(readiness(), 200);
+    disk.fails("write 1");
+    let bury = |relay: &Relay| relay.call("POST", "/v1/lanes/bury", &json!({ "endpoint": "12" }));
+    for _ in 0..2 {
+        let refused = bury(&relay);
+        assert_eq!((refused.status, refused.code().as_str()), (503, "disk_low"));
+    }
+    assert_eq!(relay.post(&event("a", "refused")).status, 503);
+    assert_eq!(readiness(), 503);
+    // The tick that tries the disk again finds it as it was.
+    std::thread::sleep(Duration::from_millis(1_500));
+    assert_eq!(readiness(), 503);
+    disk.works();
+    wait_until("the disk is used again", || readiness() == 200);
+    assert_eq!(bury(&relay).status, 200);
+    relay.wait_metric("h5push_dead_letters_total", &[("endpoint", "12"), ("reason", "buried")], |count| count == 2.0);
+    assert_eq!(relay.endpoint("12")["events"], 0);
+    // Nor does a stop wait for one.
+    relay.queue(&event("b", "m0"));
+    disk.fails("write 1");
+    assert_eq!(bury(&relay).status, 503);
+    let local = relay.local;
+    std::thread::scope(|scope| {
+        let caller = scope.spawn(move || {
+            let body = json!({ "endpoint": "12" }).to_string();
+            request(local, "POST", "/v1/lanes/bury", &[("content-type", "application/json")], body.as_bytes())
+        });
+        std::thread::sleep(Duration::from_millis(100));
+        assert!(timed(|| drop(relay.stop())) < Duration::from_secs(5));
+        assert_eq!(caller.join().unwrap().status, 503);
+    });
 }
 
 #[test]

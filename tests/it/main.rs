@@ -11,6 +11,7 @@
 
 mod accept;
 mod bodies;
+mod clock;
 mod command_line;
 mod crash;
 mod customers;

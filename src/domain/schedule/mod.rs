@@ -261,7 +261,8 @@ impl Schedule {
         }
     }
 
-    /// Puts back what a lane's head was waiting with before a restart. Ignored unless `head` is its head.
+    /// Puts back what a lane's head was waiting with before a restart, for no longer than its failures make it: the wall
+    /// clock may have been set back. Ignored unless `head` is its head.
     pub fn restore(&mut self, key: LaneKey, head: Handle, retry: Retry, wait: Duration, now: u64) {
         let Some(lane_id) = self.lanes.find(key) else { return };
         let Some(lane) = self.lanes.get_mut(lane_id).filter(|lane| lane.head == head && lane.state == State::Ready)
@@ -270,7 +271,7 @@ impl Schedule {
         };
         lane.state = State::Waiting;
         let endpoint = lane.endpoint;
-        let due = now.saturating_add(micros(wait.min(self.rules.delays.longest())));
+        let due = now.saturating_add(micros(wait.min(self.rules.delays.delay(retry.made(), 1.0))));
         let retry = Retry { fixed: retry.fixed.min(lane.len), due, ..retry };
         self.lanes.set_retry(lane_id, Some(retry));
         if let Some(endpoint) = self.endpoint_mut(endpoint) {

@@ -148,7 +148,7 @@ impl Sim {
             let due = self.now + micros(deferred.wait);
             self.due.insert(lane, due);
             self.recorded.insert(lane, (self.by_handle[&deferred.head], deferred.retry, due));
-            assert!(deferred.wait <= rules().delays.longest());
+            assert!(deferred.wait <= rules().delays.delay(deferred.retry.made(), 1.0));
         }
     }
 

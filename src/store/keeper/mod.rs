@@ -54,7 +54,7 @@ pub(super) struct Keeper<'a> {
     covered: u64,
     swept: u32,
     /// The wall clock less the monotonic one, and until when (monotonic) the first is not to be trusted.
-    skew_ms: Option<u64>,
+    skew_ms: u64,
     distrusted_until: Duration,
     /// The state log of the last checkpoint; 0 before the first.
     log_before: u64,
@@ -80,7 +80,7 @@ impl<'a> Keeper<'a> {
             last_at,
             covered: 0,
             swept: 0,
-            skew_ms: None,
+            skew_ms: skew_ms(last_at),
             distrusted_until: Duration::ZERO,
             log_before: 0,
             copying: Copying::default(),
@@ -232,6 +232,9 @@ impl<'a> Keeper<'a> {
             }
             self.prepare_spare(free);
         }
+        if inner.is_failing.load(Ordering::Relaxed) && disk::try_write(&inner.options.dir).is_ok() {
+            inner.is_failing.store(false, Ordering::Relaxed);
+        }
         // What the relay noted since the last group waits for a sync: so that rows are never far behind.
         let is_behind = {
             let writer = lock(&inner.writer);
@@ -263,8 +266,8 @@ impl<'a> Keeper<'a> {
     /// Whether the wall clock went as time goes, for a while.
     fn trusts_the_clock(&mut self) -> bool {
         let now = clock::monotonic();
-        let skew_ms = clock::wall_ms().wrapping_sub(u64::try_from(now.as_millis()).unwrap_or(u64::MAX));
-        let before = self.skew_ms.replace(skew_ms).unwrap_or(skew_ms);
+        let skew_ms = skew_ms(now);
+        let before = std::mem::replace(&mut self.skew_ms, skew_ms);
         if Duration::from_millis(skew_ms.wrapping_sub(before).cast_signed().unsigned_abs()) >= LEAP {
             tracing::warn!("the clock has leapt: nothing is dropped for its age for an hour");
             self.distrusted_until = now + DISTRUST;
@@ -377,6 +380,11 @@ impl<'a> Keeper<'a> {
         compact::compact(inner, &queue, (&snapshot, below), &gone, &mut self.uncompactable)?;
         Ok(())
     }
+}
+
+/// The wall clock less the monotonic one, which is at `now`.
+fn skew_ms(now: Duration) -> u64 {
+    clock::wall_ms().wrapping_sub(u64::try_from(now.as_millis()).unwrap_or(u64::MAX))
 }
 
 /// What waits, as the relay says; `None` when it does not answer.

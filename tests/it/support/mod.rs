@@ -220,6 +220,19 @@ pub fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
 
 /// An address that nothing listens on. Not of the ports that the kernel hands out: until it is used, somebody's outgoing
 /// connection might get it.
+/// Compiles what is to stand between the relay and the C library. `None`, said aloud, where it cannot.
+pub fn preload(source: &str, dir: &Path) -> Option<PathBuf> {
+    let library = dir.join(Path::new(source).with_extension("so"));
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it").join(source);
+    let compiler =
+        Command::new("cc").args(["-O1", "-shared", "-fPIC", "-o"]).arg(&library).arg(path).arg("-ldl").status();
+    if !compiler.is_ok_and(|status| status.success()) {
+        eprintln!("SKIPPED: what needs {source}: no C compiler");
+        return None;
+    }
+    Some(library)
+}
+
 pub fn free_address() -> SocketAddr {
     loop {
         let address = SocketAddr::from(([127, 0, 0, 1], fastrand::u16(10_000..32_000)));
