@@ -223,7 +223,7 @@ impl Config {
     pub fn parse(text: &str, path: &Path) -> Result<Config, ConfigError> {
         let wrong = |problem: String| ConfigError::Wrong { path: path.to_owned(), problem };
         let file: FileWritten = toml::from_str(text).map_err(|error| wrong(problem::describe(text, &error)))?;
-        let config = file.check().map_err(wrong)?;
+        let config = file.check().map_err(|problem| wrong(problem::locate(text, &problem)))?;
         Ok(Config { is_empty: text.trim().is_empty(), ..config })
     }
 
@@ -240,7 +240,7 @@ impl Config {
         let text = read_text(path)?;
         let wrong = |problem: String| ConfigError::Wrong { path: path.to_owned(), problem };
         let file: LocalOnly = toml::from_str(&text).map_err(|error| wrong(problem::describe(&text, &error)))?;
-        file.local.check(&mut Files::default()).map_err(wrong)
+        file.local.check(&mut Files::default()).map_err(|problem| wrong(problem::locate(&text, &problem)))
     }
 
     /// Which keys differ from those of the config that runs, and are read at the start only.

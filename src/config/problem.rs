@@ -1,9 +1,29 @@
 //! What is wrong with a file, said without showing what stands in it: the line may hold a secret.
 
+use std::ops::Range;
+
+use toml::de::{DeTable, DeValue};
+
 /// Where it is and what it is: `line 3, column 9: …`.
 pub(super) fn describe(text: &str, error: &toml::de::Error) -> String {
-    let what = without_value(error.message());
-    let Some(before) = error.span().and_then(|span| text.get(..span.start)) else { return what };
+    at(text, error.span(), &without_value(error.message()))
+}
+
+/// Says where the key stands that a problem begins with, or the table that it is to be in.
+pub(super) fn locate(text: &str, problem: &str) -> String {
+    let names = problem.split(": ").flat_map(|part| part.split('.'));
+    let mut place = None;
+    let mut within = DeTable::parse(text).ok().map(|table| DeValue::Table(table.into_inner()));
+    for name in names {
+        let Some(found) = within.as_ref().and_then(|value| value.as_table()?.get(name)) else { break };
+        place = Some(found.span());
+        within = Some(found.get_ref().clone());
+    }
+    at(text, place, problem)
+}
+
+fn at(text: &str, place: Option<Range<usize>>, what: &str) -> String {
+    let Some(before) = place.and_then(|place| text.get(..place.start)) else { return what.to_owned() };
     let line = before.matches('\n').count() + 1;
     let column = before.rsplit('\n').next().unwrap_or(before).chars().count() + 1;
     format!("line {line}, column {column}: {what}")
@@ -44,6 +64,21 @@ mod tests {
         for broken in ["a = \"planted", "a = planted", "a = 1 planted"] {
             let described = described(broken);
             assert!(described.starts_with("line 1, column ") && !described.contains("planted"), "{described}");
+        }
+    }
+
+    #[test]
+    fn the_key_that_a_problem_begins_with_is_found() {
+        let text = "data_dir = \"\"\n\n[push]\nallow_http = true\n  timeout = \"0s\"\n[endpoints.12]\nurl = \"x\"\n";
+        for (problem, place) in [
+            ("data_dir: must not be empty", "line 1, column 12: "),
+            ("push.timeout: must be longer than 0", "line 5, column 13: "),
+            ("endpoints.12: url: not a URL", "line 7, column 7: "),
+            ("endpoints.12: a secret is needed", "line 6, column 1: "),
+            ("push.max_age: missing", "line 3, column 1: "),
+            ("no such key", ""),
+        ] {
+            assert_eq!(locate(text, problem), format!("{place}{problem}"));
         }
     }
 }
