@@ -126,6 +126,7 @@ mod tests {
             ("web_token=a&im_web_plugin_id=12", BodyForm::Json, "{", 2_000),
             ("web_token=a&im_web_plugin_id=12", BodyForm::Json, "[]", 2_000),
             ("im_web_plugin_id=12", BodyForm::Json, r#"{"web_token":["a"]}"#, 2_000),
+            ("web_token=a&im_web_plugin_id=12", BodyForm::Json, r#"{"h5push":true,"h5push":false}"#, 2_000),
             ("im_web_plugin_id=12", BodyForm::Json, r#"{"web_token":"a","im_web_plugin_id":1.5}"#, 2_000),
         ];
         for (query, form, body, code) in table {

@@ -2,9 +2,11 @@
 //! and a code; messages in Chinese.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use hyper::StatusCode;
-use serde::Serialize;
+use serde::de::{MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 
 use super::answer::{self, Answer, ApiError, Code};
@@ -126,11 +128,14 @@ pub(super) fn parameters(query: &str, form: BodyForm, body: &[u8]) -> Result<Par
         }
         BodyForm::Json if body.trim_ascii().is_empty() => {}
         BodyForm::Json => {
-            let object: Value = serde_json::from_slice(body).map_err(|_| wrong("参数错误:请求体不是合法的 JSON"))?;
-            let Value::Object(object) = object else {
-                return Err(wrong("参数错误:请求体必须是 JSON 对象"));
-            };
-            for (name, value) in object {
+            let Pairs(pairs) = serde_json::from_slice(body).map_err(|error| {
+                wrong(if error.is_data() {
+                    "参数错误:请求体必须是 JSON 对象"
+                } else {
+                    "参数错误:请求体不是合法的 JSON"
+                })
+            })?;
+            for (name, value) in pairs {
                 let value = match value {
                     Value::Null => String::new(),
                     Value::String(text) => text,
@@ -146,6 +151,31 @@ pub(super) fn parameters(query: &str, form: BodyForm, body: &[u8]) -> Result<Par
         }
     }
     Ok(all)
+}
+
+/// A JSON object's members, also those of one name: a map would keep the last of them.
+struct Pairs(Vec<(String, Value)>);
+
+impl<'de> Deserialize<'de> for Pairs {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Pairs, D::Error> {
+        struct Members;
+        impl<'de> Visitor<'de> for Members {
+            type Value = Pairs;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut members: A) -> Result<Pairs, A::Error> {
+                let mut pairs = Vec::new();
+                while let Some(pair) = members.next_entry()? {
+                    pairs.push(pair);
+                }
+                Ok(Pairs(pairs))
+            }
+        }
+        deserializer.deserialize_map(Members)
+    }
 }
 
 /// Every parameter of these calls: a list or an object is wrong there, and ignored elsewhere.
