@@ -140,15 +140,8 @@ impl Store {
             .map_or(1, |found| found.number + 1)
             .max(opening.checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.position.segment + 1));
         let previous = last.map(|found| (found.number, found.end));
-        let mut admission = Admission::new(options.rules, ids);
-        for view in schedule.endpoints(0) {
-            admission.count_waiting(view.name, view.events);
-        }
-        admission.settings = set;
-        // The row of an earlier use may have come back with a crash: the last one counts.
-        for (key, until_s) in queue.nonces().map_err(remembered)?.into_iter().rev() {
-            admission.nonces.take(key, until_s, 0);
-        }
+        let nonces = queue.nonces().map_err(remembered)?;
+        let mut admission = admission(Admission::new(options.rules, ids), schedule, set, nonces);
         let identity = opening.identity;
         let free = free_bytes(&dir).map_err(io_error(&dir))?;
         admission.is_disk_low = free < options.free_min;
@@ -190,6 +183,24 @@ impl Store {
         store.note(ended(withdrawn, buried));
         Ok((store, threads))
     }
+}
+
+/// What is judged by, with what was there before the start.
+fn admission(
+    mut admission: Admission,
+    schedule: &mut Schedule,
+    settings: BTreeMap<String, String>,
+    nonces: Vec<(u128, u64)>,
+) -> Admission {
+    for view in schedule.endpoints(0) {
+        admission.count_waiting(view.name, view.events);
+    }
+    admission.settings = settings;
+    // The row of an earlier use may have come back with a crash: the last one counts.
+    for (key, until_s) in nonces.into_iter().rev() {
+        admission.nonces.take(key, until_s, 0);
+    }
+    admission
 }
 
 /// What is to be noted of events that have ended, a note for each lane. What was tried of them is found to be over when it
