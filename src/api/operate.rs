@@ -16,7 +16,6 @@ use crate::domain::keys::LaneKey;
 use crate::domain::schedule::Pauses;
 use crate::json;
 use crate::relay::{Command, LaneShown, Tested};
-use crate::store::Refusal;
 
 /// Settings of the store that are pauses begin with this.
 const PREFIX: &str = "pauses/";
@@ -136,9 +135,13 @@ pub(super) async fn bury(api: &Api, body: &[u8]) -> Result<Answer, ApiError> {
     let first_only = bury.first_only;
     let command = |reply| Command::Bury { endpoint, keys, first_only, reply };
     let buried = api.ask_patiently(command, BURY_LIMIT).await.ok_or_else(busy)?;
-    let buried = buried.ok_or(Refusal::DiskLow)?;
+    let buried = buried.ok_or_else(partly_buried)?;
     tracing::info!(%endpoint, buried, "events given up by a call");
     Ok(answer::json(StatusCode::OK, &Buried { buried }))
+}
+
+fn partly_buried() -> ApiError {
+    error(Code::DiskLow, "not all of it can be stored just now: the rest follows when it can, unless the relay stops")
 }
 
 /// `POST /v1/endpoints/{name}/{action}`.

@@ -1,7 +1,6 @@
 //! The config file: as it is written, and as the rest of the program needs it.
 //!
-//! A value that cannot be read as what it should be is an error with its line and column; what only other values or
-//! files show to be wrong is one with its key.
+//! What is wrong is said with its line and column, and with its key where the file is read as far as that.
 
 mod endpoint;
 mod files;

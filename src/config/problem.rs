@@ -9,7 +9,7 @@ pub(super) fn describe(text: &str, error: &toml::de::Error) -> String {
     at(text, error.span(), &without_value(error.message()))
 }
 
-/// Says where the key stands that a problem begins with, or the table that it is to be in.
+/// Says where the value stands of the key that a problem begins with, or the table that it is to be in.
 pub(super) fn locate(text: &str, problem: &str) -> String {
     let names = problem.split(": ").flat_map(|part| part.split('.'));
     let mut place = None;

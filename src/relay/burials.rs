@@ -1,6 +1,6 @@
 //! What is given up becomes dead letters: many lanes with one sync, and who asked for it is told.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use crate::clock;
 use crate::domain::endpoint::EndpointName;
 use crate::domain::keys::LaneKey;
 use crate::domain::schedule::{Burial, LaneId};
-use crate::store::{Ending, Letter, Note, Store};
+use crate::store::{Ending, Letter, Note, Stored};
 
 /// Events that become dead letters with one sync, and up to a lane's share more.
 const BURIED_AT_ONCE: usize = 64;
@@ -24,6 +24,7 @@ const UNREAD_MAX: u32 = 10;
 /// A burial with all that it needs.
 struct Grave {
     burial: Burial,
+    key: Option<LaneKey>,
     places: Vec<RecordAt>,
     seqs: Vec<u64>,
     problem: Option<Arc<str>>,
@@ -32,7 +33,7 @@ struct Grave {
 
 impl Grave {
     /// Reads the events. `None`: one cannot be read just now.
-    fn letters(&self, store: &Store) -> Option<Vec<Letter>> {
+    fn letters(&self) -> Option<Vec<Letter>> {
         let burial = &self.burial;
         let mut letters = Vec::with_capacity(self.places.len());
         for (place, seq) in self.places.iter().zip(self.seqs.iter().copied()) {
@@ -41,10 +42,9 @@ impl Grave {
                 Some(Err(_)) if !self.is_last_try => return None,
                 Some(Err(_)) | None => None,
             };
-            if stored.is_none() {
-                store.damaged("journal");
-                tracing::error!(endpoint = %burial.endpoint, seq, "an event's record is damaged: its content is lost");
-            }
+            // Another lane's is as good as none.
+            let is_own = |stored: &Stored| stored.event().is_some_and(|event| Some(event.lane) == self.key);
+            let stored = stored.filter(is_own);
             let (problem, reason, attempts) = (self.problem.clone(), burial.reason, burial.attempts);
             letters.push(Letter { seq, endpoint: burial.endpoint, stored, reason, attempts, problem });
         }
@@ -74,8 +74,8 @@ enum BurialEnd {
 /// Who gave lanes up.
 #[derive(Debug)]
 pub(super) struct BuryWaiter {
-    /// Those in which some are still to become dead letters.
-    lanes: HashSet<LaneId>,
+    /// Those in which some are still to become dead letters, and how many at most.
+    lanes: HashMap<LaneId, u32>,
     /// Events that did.
     buried: u64,
     reply: oneshot::Sender<Option<u64>>,
@@ -103,7 +103,7 @@ impl Relay {
             let mut letters = Vec::new();
             let mut buried = Vec::with_capacity(work.len());
             for grave in work {
-                let found = grave.letters(&store);
+                let found = grave.letters();
                 let end = if found.is_some() { BurialEnd::Done } else { BurialEnd::Unread };
                 letters.extend(found.into_iter().flatten());
                 buried.push(Buried { burial: grave.burial, seqs: grave.seqs, end });
@@ -112,6 +112,11 @@ impl Relay {
                 for buried in &mut buried {
                     buried.end = BurialEnd::Unwritten;
                 }
+                return buried;
+            }
+            for Letter { endpoint, seq, .. } in letters.iter().filter(|letter| letter.stored.is_none()) {
+                store.damaged("journal");
+                tracing::error!(%endpoint, seq, "an event's record is damaged: its content is lost");
             }
             buried
         });
@@ -119,6 +124,7 @@ impl Relay {
 
     fn grave(&self, burial: Burial) -> Grave {
         Grave {
+            key: self.schedule.lane_key(burial.lane),
             places: self.records(&burial.events),
             seqs: self.seqs(&burial.events),
             problem: self.lane_errors.get(&burial.lane).cloned(),
@@ -138,17 +144,21 @@ impl Relay {
             Some(keys) => keys.into_iter().filter_map(|key| self.schedule.lane_id(key)).collect(),
             None => self.schedule.lanes_from(0).filter(|lane| lane.endpoint == endpoint).map(|lane| lane.id).collect(),
         };
-        let lanes = lanes.into_iter().filter(|lane| self.schedule.bury(*lane, first_only) > 0).collect();
+        let given_up = lanes.into_iter().map(|lane| (lane, self.schedule.bury(lane, first_only)));
+        let lanes = given_up.filter(|(_, events)| *events > 0).collect();
+        self.bury_waiters.retain(|waiter| !waiter.reply.is_closed());
         self.bury_waiters.push(BuryWaiter { lanes, buried: 0, reply });
     }
 
     /// Counts what became dead letters of a lane for those who gave it up.
-    pub(super) fn count_buried(&mut self, lane: LaneId, events: u64) {
+    pub(super) fn count_buried(&mut self, lane: LaneId, events: u32) {
         let is_burying = self.schedule.is_burying(lane);
         for waiter in &mut self.bury_waiters {
-            if waiter.lanes.contains(&lane) {
-                waiter.buried += events;
-                if !is_burying {
+            if let Some(left) = waiter.lanes.get_mut(&lane) {
+                let its_own = events.min(*left);
+                waiter.buried += u64::from(its_own);
+                *left -= its_own;
+                if *left == 0 || !is_burying {
                     waiter.lanes.remove(&lane);
                 }
             }
@@ -182,7 +192,7 @@ impl Relay {
             if end == BurialEnd::Unread {
                 *self.unread.entry(burial.lane).or_default() += 1;
             } else {
-                for waiter in self.bury_waiters.extract_if(.., |waiter| waiter.lanes.contains(&burial.lane)) {
+                for waiter in self.bury_waiters.extract_if(.., |waiter| waiter.lanes.contains_key(&burial.lane)) {
                     waiter.reply.send(None).ok();
                 }
             }
@@ -191,7 +201,7 @@ impl Relay {
             return;
         }
         self.unread.remove(&burial.lane);
-        let count = burial.events.len() as u64;
+        let count = burial.events.len() as u32;
         let lane = self.schedule.lane_key(burial.lane).unwrap_or(LaneKey(0));
         self.schedule.buried(&burial, now);
         self.count_buried(burial.lane, count);
@@ -199,8 +209,8 @@ impl Relay {
             self.lane_errors.remove(&burial.lane);
         }
         self.notes.push(Note::Settled { lane, ending: Ending::Buried, retry_is_over: true, seqs });
-        *self.ended.entry(burial.endpoint).or_default() += count;
-        self.metrics_of(burial.endpoint).died(burial.reason, count);
+        *self.ended.entry(burial.endpoint).or_default() += u64::from(count);
+        self.metrics_of(burial.endpoint).died(burial.reason, u64::from(count));
         let reason = burial.reason.as_str();
         tracing::warn!(endpoint = %burial.endpoint, reason, events = count, "events became dead letters");
     }

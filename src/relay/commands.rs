@@ -49,8 +49,8 @@ pub enum Command {
         keys: Option<Vec<LaneKey>>,
         /// Only the first event of each.
         first_only: bool,
-        /// Answered with how many events, when that is done; `None`: not all of it can be stored just now, and the rest is
-        /// done when it can.
+        /// Answered with how many events, when that is done; `None`: not all of it can be stored just now. The rest is done
+        /// when it can be, unless the relay has ended by then.
         reply: oneshot::Sender<Option<u64>>,
     },
     /// An endpoint is paused, or goes on.

@@ -24,7 +24,8 @@ pub fn holds(settings: &BTreeMap<String, String>, endpoints: &Endpoints) -> Vec<
         if url != mark(endpoints.get(&name)?.as_ref()?) {
             return None;
         }
-        let (until, wait) = times.split_once('/')?;
+        // Versions before this one kept no wait.
+        let (until, wait) = times.split_once('/').unwrap_or((times, times));
         let left_ms = until.parse::<u64>().ok()?.checked_sub(now_ms).filter(|left| *left > 0)?;
         // Never longer than it was asked for: the clock may have been set back.
         Some((name, Duration::from_millis(left_ms.min(wait.parse().ok()?))))

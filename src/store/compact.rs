@@ -39,7 +39,11 @@ pub(super) fn compact(
             continue;
         }
         let path = segment::path(&disk::journal_dir(&inner.options.dir), mark.segment);
-        let len = std::fs::metadata(path)?.len();
+        let len = match std::fs::metadata(path) {
+            // Somebody has removed it: what waits in it is read from the file that is open.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            found => found?.len(),
+        };
         sizes.push((len, mark.live_bytes.min(len), mark));
     }
     let mut whole: u64 = sizes.iter().map(|(len, _, _)| len).sum();

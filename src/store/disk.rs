@@ -1,7 +1,6 @@
 //! The data directory's disk: its free space, and the room that is held ready.
 
 use std::io;
-use std::os::unix::fs::FileExt as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
@@ -50,18 +49,6 @@ pub(super) fn bytes_below(dir: &Path) -> u64 {
 /// Says that events are refused for want of space, or are no longer.
 pub(super) fn say_free(free: u64, floor: u64) {
     tracing::warn!(free, floor, is_low = free < floor, "free space of the data directory");
-}
-
-/// Whether the disk takes anything.
-///
-/// # Errors
-/// It does not.
-pub(super) fn try_write(dir: &Path) -> io::Result<()> {
-    let path = dir.join("probe");
-    let file = std::fs::File::create(&path)?;
-    file.write_all_at(b"1", 0)?;
-    file.sync_all()?;
-    std::fs::remove_file(&path)
 }
 
 /// Sees to it that the reserve is there.

@@ -95,10 +95,10 @@ impl Inner {
                 let mut writer = lock(&self.writer);
                 let records = requests.iter().map(|request| request.staged.len()).sum();
                 let is_removed = records > 0 && writer.is_removed();
+                let begun = if is_removed || writer.wants_roll(records) { Some(self.roll(&mut writer)?) } else { None };
                 if is_removed {
                     self.failed("append", &"the segment's file was removed: what is in it goes with this process");
                 }
-                let begun = if is_removed || writer.wants_roll(records) { Some(self.roll(&mut writer)?) } else { None };
                 (begun, writer.write_group(requests))
             };
             // With the lock released: the relay may be waiting for it while its channel is full.

@@ -155,8 +155,11 @@ impl Writer {
 
     /// Whether somebody has removed the active segment's file.
     pub(super) fn is_removed(&self) -> bool {
-        let links = |active: &Active| rustix::fs::fstat(&active.file).map_or(1, |stat| stat.st_nlink);
-        self.active.as_ref().is_some_and(|active| links(active) == 0)
+        self.active.as_ref().is_some_and(|active| {
+            // Cheap; and looked up only then, for there are file systems that count no links.
+            rustix::fs::fstat(&active.file).is_ok_and(|stat| stat.st_nlink == 0)
+                && segment::path(&self.dir, active.number).try_exists().is_ok_and(|is_there| !is_there)
+        })
     }
 
     /// Seals the active segment and begins the next.

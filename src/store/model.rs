@@ -44,6 +44,11 @@ pub(super) fn options(dir: &std::path::Path) -> Options {
     }
 }
 
+/// Customers who were heard of long ago are forgotten by the wall clock.
+pub(super) fn now_s() -> u64 {
+    crate::clock::wall_ms() / 1_000
+}
+
 pub(super) fn empty_schedule() -> Schedule {
     let backoff =
         Backoff { initial: Duration::from_secs(1), multiplier: 2.0, max: Duration::from_secs(9), randomization: 0.0 };
@@ -209,7 +214,7 @@ impl Play {
                     plugin: Plugin::NONE,
                     lane,
                     key,
-                    accepted_ms: 1_000_000,
+                    accepted_ms: now_s() * 1_000,
                     given_id: event.event_id.as_deref(),
                     web_token: &event.web_token,
                     count: event.messages.count,
@@ -218,7 +223,7 @@ impl Play {
                 Post { event, key, endpoint: Some((EndpointName::DEFAULT, u64::MAX)), lane, record }
             })
             .collect();
-        let posted = self.wait_for(store.post(posts, false, 1_000_000)).unwrap();
+        let posted = self.wait_for(store.post(posts, false, now_s() * 1_000)).unwrap();
         assert!(posted.iter().all(|posted| *posted == Posted::Queued));
         for (id, _) in &items {
             (self.tell)(Told::Accepted(id));
@@ -246,7 +251,7 @@ impl Play {
         (self.tell)(Told::Naming(lane, &name));
         let hearing = Hearing { customer_token: Some(name.clone()), ..Hearing::default() };
         let customer = format!("c{lane}");
-        self.wait_for(store.change_customer(Plugin::NONE, &customer, &hearing, false, 1_000)).unwrap();
+        self.wait_for(store.change_customer(Plugin::NONE, &customer, &hearing, false, now_s())).unwrap();
         (self.tell)(Told::Named(lane, &name));
         self.names.insert(lane, name);
     }
@@ -311,7 +316,7 @@ impl Play {
         if self.rng.bool() || self.names.contains_key(&lane) {
             self.switch(&store, &customer, Toggle::Off);
         } else {
-            self.wait_for(store.forget(Some(Plugin::NONE), &customer, 1_000)).unwrap();
+            self.wait_for(store.forget(Some(Plugin::NONE), &customer, now_s())).unwrap();
         }
         for id in &ended {
             (self.tell)(Told::Withdrawn(id));
@@ -323,7 +328,7 @@ impl Play {
 
     fn switch(&mut self, store: &Store, customer: &str, toggle: Toggle) {
         let hearing = Hearing { toggle: Some(toggle), ..Hearing::default() };
-        self.wait_for(store.change_customer(Plugin::NONE, customer, &hearing, false, 1_000)).unwrap();
+        self.wait_for(store.change_customer(Plugin::NONE, customer, &hearing, false, now_s())).unwrap();
     }
 
     fn restart(&mut self, crashes: bool) {

@@ -6,6 +6,7 @@ use super::Schedule;
 use super::lanes::{LaneId, State};
 use crate::domain::backlog::Handle;
 use crate::domain::keys::LaneKey;
+use crate::domain::verdict::DeathReason;
 
 /// The events that were withdrawn from a lane.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -35,11 +36,13 @@ impl Schedule {
             return Withdrawn::default();
         }
         let mut withdrawn = Withdrawn { had_retry: self.lanes.retry(lane_id).is_some(), ..Withdrawn::default() };
-        let mut keep = 0;
+        let (mut keep, mut then) = (0, 0);
         if let Some(burying) = self.burying.get_mut(&lane_id) {
             keep = burying.handed;
+            // Of those that stay, as many as were to be given up.
+            then = (burying.left + burying.then).saturating_sub(lane.len - later.len() as u32);
             burying.left = keep;
-            burying.then = 0;
+            burying.then = then;
             if keep == 0 {
                 self.burying.remove(&lane_id);
             }
@@ -53,7 +56,7 @@ impl Schedule {
             }
         }
         if let Some(flight) = self.flights.get_mut(&lane_id) {
-            flight.bury = 0;
+            flight.bury = flight.bury.saturating_sub(lane.len - later.len() as u32);
         }
         withdrawn.events = self.cut(lane_id, keep, &later);
         self.uncount(lane.endpoint, &withdrawn.events);
@@ -62,7 +65,9 @@ impl Schedule {
         }
         if keep == 0 {
             self.lanes.set_retry(lane_id, None);
-            if matches!(lane.state, State::Waiting | State::Burying) {
+            if then > 0 {
+                self.begin_burying(lane_id, then, DeathReason::Buried);
+            } else if matches!(lane.state, State::Waiting | State::Burying) {
                 self.make_ready(lane_id, now);
             }
         }

@@ -10,6 +10,8 @@ use crate::domain::endpoint::Plugin;
 use crate::store::codec::{Record, StateChange};
 use crate::store::state::{StateKey, StateValue};
 
+const KINDS: [NameKind; 2] = [NameKind::Customer, NameKind::Sdk];
+
 impl Admission {
     /// Stages what a request says of a customer. `Done(None)`: there is no such customer, and there must be.
     ///
@@ -26,7 +28,7 @@ impl Admission {
     ) -> Result<Step<Option<Changed>>, Refusal> {
         self.check_open()?;
         let mut missing = HashSet::new();
-        self.collect_missing(plugin, web_token, hearing, &mut missing);
+        self.collect_missing(plugin, web_token, hearing, now_s, &mut missing);
         if !missing.is_empty() {
             return Ok(self.missing(missing));
         }
@@ -63,9 +65,8 @@ impl Admission {
             let key = StateKey::Customer(*plugin, web_token.to_owned());
             match self.cache.get(&key).cloned() {
                 Some(StateValue::Customer(Some(customer))) => {
-                    for (kind, name) in [NameKind::Customer, NameKind::Sdk]
-                        .into_iter()
-                        .filter_map(|kind| customer.name(kind).map(|name| (kind, name)))
+                    for (kind, name) in
+                        KINDS.into_iter().filter_map(|kind| customer.name(kind).map(|name| (kind, name)))
                     {
                         let key = StateKey::Name(kind, *plugin, name.to_owned());
                         match self.cache.get(&key) {
@@ -107,6 +108,27 @@ impl Admission {
         }
     }
 
+    /// The names that a customer has and, after `hearing`, has no more; the row is in the cache.
+    fn former_names(
+        &mut self,
+        plugin: Plugin,
+        web_token: &str,
+        hearing: &Hearing,
+        now_s: u64,
+    ) -> Vec<(NameKind, String)> {
+        let (now_s, forget_after_s) = (self.aging(now_s), self.rules.forget_after_s);
+        let key = StateKey::Customer(plugin, web_token.to_owned());
+        let Some(StateValue::Customer(Some(customer))) = self.cache.get(&key) else { return Vec::new() };
+        // Who is as good as forgotten begins anew, without any.
+        let is_over = customer.is_forgotten(now_s, forget_after_s);
+        let goes = |kind: NameKind, name: &str| match names(hearing).find(|(said, _)| *said == kind) {
+            Some((_, said)) => said != name,
+            None => is_over,
+        };
+        let had = KINDS.into_iter().filter_map(|kind| customer.name(kind).map(|name| (kind, name)));
+        had.filter(|(kind, name)| goes(*kind, name)).map(|(kind, name)| (kind, name.to_owned())).collect()
+    }
+
     /// Whether what is known of a customer comes of a request that may yet fail.
     pub(super) fn rests_on_undurable(&self, plugin: Plugin, web_token: &str, hearing: &Hearing) -> bool {
         let customer = StateKey::Customer(plugin, web_token.to_owned());
@@ -120,15 +142,10 @@ impl Admission {
         plugin: Plugin,
         web_token: &str,
         hearing: &Hearing,
+        now_s: u64,
         missing: &mut HashSet<StateKey>,
     ) {
-        let former: Vec<(NameKind, String)> = match self.cache.get(&StateKey::Customer(plugin, web_token.to_owned())) {
-            Some(StateValue::Customer(Some(customer))) => {
-                let former = |kind| customer.name(kind).map(|name| (kind, name.to_owned()));
-                names(hearing).filter_map(|(kind, _)| former(kind)).collect()
-            }
-            Some(StateValue::Customer(None) | StateValue::Name(_)) | None => Vec::new(),
-        };
+        let former = self.former_names(plugin, web_token, hearing, now_s);
         // What a name stands for, if it is here.
         let mut need = |key: StateKey| match self.cache.get(&key) {
             Some(StateValue::Name(holder)) => holder.clone(),
@@ -164,17 +181,12 @@ impl Admission {
         let after = base.after(hearing, now_s, self.rules.forget_after_s);
         // In such an order that a crash in the middle leaves everybody to be found by the name that was acknowledged.
         let mut changes = Vec::new();
-        let mut former = Vec::new();
         let mut bereft: Vec<Customer> = Vec::new();
         for (kind, name) in names(hearing) {
             let holder = self.holder(kind, plugin, name);
             if holder.as_deref() == Some(web_token) && base.name(kind) == Some(name) {
                 continue;
             }
-            let old = base.name(kind).filter(|old| *old != name);
-            // It may have gone to another one since this customer was heard of last.
-            let old = old.filter(|old| self.holder(kind, plugin, old).as_deref() == Some(web_token));
-            former.extend(old.map(|old| name_change(kind, plugin, old, None)));
             if let Some(holder) = holder.filter(|holder| holder != web_token) {
                 // Who loses both names loses the second as one who has lost the first.
                 let known = bereft.iter().find(|other| other.web_token == holder).cloned();
@@ -191,7 +203,12 @@ impl Admission {
         if is_new || after != base {
             changes.push(StateChange::PutCustomer(after.clone()));
         }
-        changes.extend(former);
+        for (kind, name) in self.former_names(plugin, web_token, hearing, now_s) {
+            // It may have gone to another one since this customer was heard of last.
+            if self.holder(kind, plugin, &name).as_deref() == Some(web_token) {
+                changes.push(name_change(kind, plugin, &name, None));
+            }
+        }
         (after, changes)
     }
 

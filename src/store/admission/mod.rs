@@ -116,15 +116,15 @@ impl Admission {
         if self.is_disk_low {
             return Err(Refusal::DiskLow);
         }
+        let now_s = now_ms / 1_000;
         let mut missing = HashSet::new();
         for post in posts.iter().filter(|post| post.endpoint.is_some()) {
             let event = post.event;
-            self.collect_missing(event.plugin, &event.web_token, &event.hearing, &mut missing);
+            self.collect_missing(event.plugin, &event.web_token, &event.hearing, now_s, &mut missing);
         }
         if !missing.is_empty() {
             return Ok(self.missing(missing));
         }
-        let now_s = now_ms / 1_000;
         self.ids.expire(self.aging(now_s));
         let (mut request, ticket) = self.begin();
         let rests = |event: &Event<'_>| self.rests_on_undurable(event.plugin, &event.web_token, &event.hearing);
@@ -297,6 +297,14 @@ impl Admission {
         let (request, ticket) = self.begin();
         self.pending.push(request);
         ticket
+    }
+
+    /// Stages a request that changes nothing, for the journal to be written.
+    pub(super) fn stage_probe(&mut self) {
+        let (mut request, _) = self.begin();
+        let change = StateChange::Setting { key: "probe".to_owned(), value: None };
+        request.staged.push(Staged::Other(Record::State(change).encode()));
+        self.pending.push(request);
     }
 
     fn missing<T>(&self, keys: impl IntoIterator<Item = StateKey>) -> Step<T> {

@@ -71,7 +71,7 @@ pub(super) struct Keeper<'a> {
 }
 
 impl<'a> Keeper<'a> {
-    pub(super) fn new(inner: &'a Inner, applier: Applier) -> Keeper<'a> {
+    pub(super) fn new(inner: &'a Inner, applier: Applier, skew_ms: u64) -> Keeper<'a> {
         let last_at = clock::monotonic();
         Keeper {
             inner,
@@ -79,8 +79,9 @@ impl<'a> Keeper<'a> {
             last: Position::default(),
             last_at,
             covered: 0,
-            swept: 0,
-            skew_ms: skew_ms(last_at),
+            // Not from the first with every start: one a day would never come to the last.
+            swept: (clock::dice() * f64::from(state::BUCKETS)) as u32,
+            skew_ms,
             distrusted_until: Duration::ZERO,
             log_before: 0,
             copying: Copying::default(),
@@ -232,8 +233,9 @@ impl<'a> Keeper<'a> {
             }
             self.prepare_spare(free);
         }
-        if inner.is_failing.load(Ordering::Relaxed) && disk::try_write(&inner.options.dir).is_ok() {
-            inner.is_failing.store(false, Ordering::Relaxed);
+        if inner.is_failing.load(Ordering::Relaxed) {
+            lock(&inner.admission).stage_probe();
+            inner.work.notify_all();
         }
         // What the relay noted since the last group waits for a sync: so that rows are never far behind.
         let is_behind = {
@@ -383,7 +385,7 @@ impl<'a> Keeper<'a> {
 }
 
 /// The wall clock less the monotonic one, which is at `now`.
-fn skew_ms(now: Duration) -> u64 {
+pub(super) fn skew_ms(now: Duration) -> u64 {
     clock::wall_ms().wrapping_sub(u64::try_from(now.as_millis()).unwrap_or(u64::MAX))
 }
 

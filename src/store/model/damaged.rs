@@ -11,7 +11,7 @@ fn damage_that_a_caller_meets_has_the_queue_built_anew() {
     play.restart(false);
     let store = play.store();
     store.inner.queue().unwrap().spoil_buckets(b'c');
-    let customer = || store.customer(Plugin::NONE, "other", 1_000);
+    let customer = || store.customer(Plugin::NONE, "other", now_s());
     assert_eq!(customer(), Err(Refusal::DiskLow));
     let begun = crate::clock::monotonic();
     let found = loop {

@@ -22,7 +22,7 @@ fn what_was_recorded_of_an_event_outlives_a_withdrawal_before_it() {
     play.restart(false);
     let store = play.store();
     for id in ids {
-        let fate = store.fate(store.hashing().given_event(Plugin::NONE, &id), 1_000).unwrap().unwrap();
+        let fate = store.fate(store.hashing().given_event(Plugin::NONE, &id), now_s()).unwrap().unwrap();
         assert_eq!(fate.ended.map(|(ending, _)| ending), Some(Ending::Delivered), "{id}");
     }
 }
@@ -32,7 +32,7 @@ fn nobody_is_forgotten_by_a_clock_that_leaps() {
     let dir = tempfile::tempdir().unwrap();
     let mut play = Play::new(1, dir.path().to_owned(), |_| ());
     let store = play.store();
-    let now = crate::clock::wall_ms() / 1_000;
+    let now = now_s();
     let later = now + 2 * options(dir.path()).rules.forget_after_s;
     let on = Hearing { toggle: Some(Toggle::On), ..Hearing::default() };
     play.wait_for(store.change_customer(Plugin::NONE, "c", &on, false, now)).unwrap();

@@ -17,7 +17,7 @@ fn a_name_means_one_customer_who_shows_it() {
             match play.rng.u8(0..10) {
                 0 => {
                     let store = play.store();
-                    play.wait_for(store.forget(Some(Plugin::NONE), customer, 1_000)).unwrap();
+                    play.wait_for(store.forget(Some(Plugin::NONE), customer, now_s())).unwrap();
                     holders.retain(|_, holder| *holder != customer);
                 }
                 1 => {
@@ -29,7 +29,7 @@ fn a_name_means_one_customer_who_shows_it() {
                     let [customer_token, sdk_token] = names.map(|name| name.map(str::to_owned));
                     let hearing = Hearing { customer_token, sdk_token, ..Hearing::default() };
                     let store = play.store();
-                    play.wait_for(store.change_customer(Plugin::NONE, customer, &hearing, false, 1_000)).unwrap();
+                    play.wait_for(store.change_customer(Plugin::NONE, customer, &hearing, false, now_s())).unwrap();
                     for (kind, name) in KINDS.into_iter().zip(names).filter_map(|(kind, name)| Some((kind, name?))) {
                         holders.retain(|(of, _), holder| (*of, *holder) != (kind, customer));
                         holders.insert((kind, name), customer);
@@ -47,7 +47,7 @@ fn check(store: &Store, holders: &BTreeMap<(NameKind, &str), &str>, at: (u64, u3
         assert_eq!(found.as_deref(), holders.get(&(kind, name)).copied(), "{kind:?} {name} at {at:?}");
     }
     for customer in CUSTOMERS {
-        let known = store.customer(Plugin::NONE, customer, 1_000).unwrap();
+        let known = store.customer(Plugin::NONE, customer, now_s()).unwrap();
         for kind in KINDS {
             let shown = known.as_ref().and_then(|known| known.name(kind));
             let held = holders.iter().find(|((of, _), holder)| (*of, **holder) == (kind, customer));
@@ -63,7 +63,7 @@ fn who_was_as_good_as_forgotten_takes_no_name_along_that_has_gone_to_another() {
     let mut play = Play::new(1, dir.path().to_owned(), |_| ());
     let store = play.store();
     let named = |name: &str| Hearing { customer_token: Some(name.to_owned()), ..Hearing::default() };
-    let now = crate::clock::wall_ms() / 1_000;
+    let now = now_s();
     let then = now - 2 * options(dir.path()).rules.forget_after_s;
     let holder = |name| store.customer_named(NameKind::Customer, Plugin::NONE, name).unwrap();
     play.wait_for(store.change_customer(Plugin::NONE, "former", &named("n"), false, then)).unwrap();
@@ -73,4 +73,18 @@ fn who_was_as_good_as_forgotten_takes_no_name_along_that_has_gone_to_another() {
     assert_eq!((holder("n").as_deref(), holder("m").as_deref()), (Some("holder"), Some("former")));
     play.wait_for(store.forget(Some(Plugin::NONE), "former", now)).unwrap();
     assert_eq!((holder("n").as_deref(), holder("m")), (Some("holder"), None));
+}
+
+#[test]
+fn who_comes_back_after_being_forgotten_is_found_by_no_former_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut play = Play::new(1, dir.path().to_owned(), |_| ());
+    let store = play.store();
+    let named = Hearing { customer_token: Some("n".to_owned()), ..Hearing::default() };
+    let then = now_s() - 2 * options(dir.path()).rules.forget_after_s;
+    play.wait_for(store.change_customer(Plugin::NONE, "c", &named, false, then)).unwrap();
+    play.wait_for(store.change_customer(Plugin::NONE, "c", &Hearing::default(), false, now_s())).unwrap();
+    let customer = store.customer(Plugin::NONE, "c", now_s()).unwrap().unwrap();
+    assert_eq!(customer.customer_token, None);
+    assert_eq!(store.customer_named(NameKind::Customer, Plugin::NONE, "n").unwrap(), None);
 }

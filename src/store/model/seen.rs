@@ -27,7 +27,7 @@ pub(in crate::store) fn waiting(schedule: &Schedule, store: &Store) -> BTreeMap<
 pub(in crate::store) fn names(store: &Store) -> BTreeMap<usize, String> {
     let name = |lane: usize| {
         let customer = format!("c{lane}");
-        let name = store.customer(Plugin::NONE, &customer, 1_000).unwrap()?.customer_token?;
+        let name = store.customer(Plugin::NONE, &customer, now_s()).unwrap()?.customer_token?;
         assert_eq!(store.customer_named(NameKind::Customer, Plugin::NONE, &name).unwrap(), Some(customer));
         Some((lane, name))
     };

@@ -30,7 +30,7 @@ use super::dead_letters::{DeadLetters, DeadMark};
 use super::disk::{RESERVE_BYTES, dead_dir, free_bytes, journal_dir, release_reserve, say_free};
 use super::ids::Ids;
 use super::journal::{SegmentFile, Writer};
-use super::keeper::Keeper;
+use super::keeper::{self, Keeper};
 use super::open_queue::Opener;
 use super::queue::{self, ID_ROW, Queue, QueueError};
 use super::segment;
@@ -84,6 +84,8 @@ impl Store {
         prepare: impl FnOnce(&BTreeMap<String, String>, &mut Schedule),
         notices: mpsc::Sender<Notice>,
     ) -> Result<(Store, Threads), OpenError> {
+        // Of a clock that leaps while what waits is loaded, too.
+        let skew_ms = keeper::skew_ms(clock::monotonic());
         let dir = options.dir.clone();
         let io_error = |path: &Path| {
             let path = path.to_owned();
@@ -178,7 +180,7 @@ impl Store {
         if inner.options.is_relaying && schedule.events() > 0 {
             inner.begin_segment();
         }
-        let threads = start_threads(&inner, applier).map_err(io_error(&dir))?;
+        let threads = start_threads(&inner, applier, skew_ms).map_err(io_error(&dir))?;
         let store = Store { inner };
         store.note(ended(withdrawn, buried));
         Ok((store, threads))
@@ -217,13 +219,13 @@ fn ended(withdrawn: Unrecorded, buried: Unrecorded) -> Vec<Note> {
     notes
 }
 
-fn start_threads(inner: &Arc<Inner>, applier: Applier) -> io::Result<Threads> {
+fn start_threads(inner: &Arc<Inner>, applier: Applier, skew_ms: u64) -> io::Result<Threads> {
     let writer = Arc::clone(inner);
     let keeper = Arc::clone(inner);
     let named = |name: &str| std::thread::Builder::new().name(name.to_owned());
     let threads = vec![
         named("journal").spawn(move || writer.write_groups())?,
-        named("keeper").spawn(move || Keeper::new(&keeper, applier).run())?,
+        named("keeper").spawn(move || Keeper::new(&keeper, applier, skew_ms).run())?,
     ];
     Ok(Threads { threads })
 }

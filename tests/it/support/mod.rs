@@ -218,8 +218,6 @@ pub fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
     }
 }
 
-/// An address that nothing listens on. Not of the ports that the kernel hands out: until it is used, somebody's outgoing
-/// connection might get it.
 /// Compiles what is to stand between the relay and the C library. `None`, said aloud, where it cannot.
 pub fn preload(source: &str, dir: &Path) -> Option<PathBuf> {
     let library = dir.join(Path::new(source).with_extension("so"));
@@ -233,6 +231,8 @@ pub fn preload(source: &str, dir: &Path) -> Option<PathBuf> {
     Some(library)
 }
 
+/// An address that nothing listens on. Not of the ports that the kernel hands out: until it is used, somebody's outgoing
+/// connection might get it.
 pub fn free_address() -> SocketAddr {
     loop {
         let address = SocketAddr::from(([127, 0, 0, 1], fastrand::u16(10_000..32_000)));
